@@ -1,0 +1,52 @@
+# `make` alone lists the targets. PYTHON chooses the interpreter that builds .venv, ARGS goes to the command behind a
+# target: make demo ARGS="--num_train_epochs 2", make test ARGS="-k datasets".
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+CONFIG ?= configs/vapt/digits.yaml
+TABLE_CONFIGS ?= $(sort $(wildcard configs/*/digits*.yaml))
+SEEDS ?= 0 1 2
+
+# Small tensors: several threads for each operation cost more than they bring, and test workers would share cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo table clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.installed  ## build .venv with the tested versions and install the package in it
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: setup  ## run the tests on two workers
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: setup  ## check style without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: setup  ## train an adapter on handwritten digits, offline, in minutes
+	$(BIN)/accelerate launch scripts/train.py --config $(CONFIG) $(ARGS)
+
+table: setup  ## train every demo configuration with every seed and print the README's results table
+	set -e; for config in $(TABLE_CONFIGS); do for seed in $(SEEDS); do \
+	    name=$${config#configs/}; name=$${name%.yaml}; \
+	    $(BIN)/accelerate launch scripts/train.py --config $$config --seed $$seed \
+	        --output_dir outputs/table/$$name/seed$$seed $(ARGS); \
+	done; done
+	$(BIN)/python scripts/results_table.py outputs/table
+
+clean:  ## remove what training and tests leave behind; .venv stays
+	rm -rf outputs trainer_output build dist .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +
