@@ -1,0 +1,150 @@
+"""From images of any colour mode to the pixel values a backbone was pre-trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+Augmentation = Literal["none", "crop_flip"]
+
+
+def convert_to_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image of any colour mode into 8-bit RGB, as `pipeline("image-classification")` sees it.
+
+    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit grey images are
+    scaled from 0..65535 to 0..255 first, because Pillow would cut everything above 255 off to white.
+
+    Args:
+        image: Any Pillow image; float images (mode F) only if their values lie in 0..255.
+
+    Raises:
+        ValueError: A float image has values outside 0..255, so its range is unknown.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image).astype(np.int64)
+        # Mode I holds 32 bits, but Pillow also reads 16-bit and even 8-bit files into it.
+        if image.mode != "I" or pixels.max(initial=0) > 255:
+            pixels = pixels // 257
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        low, high = image.getextrema()
+        if low < 0 or high > 255:
+            raise ValueError(
+                f"A float image (mode F) has values from {low:g} to {high:g}. Values from 0 to 255 are needed, because "
+                "nothing in the file says what white is: rescale the images and save them with 8 bits."
+            )
+    elif image.mode == "P" and "transparency" in image.info:
+        # Pillow warns about palettes with transparency unless they pass through RGBA.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+class ImageTransform:
+    """Make pixel values from images, exactly as the backbone's own image processor does.
+
+    Size, interpolation, rescaling, mean and standard deviation are the processor's, so training, evaluation and a later
+    `pipeline` see the same numbers. Objects can be pickled and used in data loader workers.
+
+    Args:
+        processor: The image processor saved with the backbone.
+        augmentation: `"none"`, or `"crop_flip"` for training: a random crop of 8 to 100 % of the area, resized to the
+            processor's output size, and a horizontal flip with probability 0.5 (the ImageNet recipe; not for images
+            whose meaning a flip changes, such as digits).
+        image_column: Column of the images in a batch.
+        label_column: Column of the classes in a batch; may be absent from it.
+
+    Example:
+        >>> transform = ImageTransform(AutoImageProcessor.from_pretrained("google/vit-base-patch16-224-in21k"))
+        >>> train = dataset["train"].with_transform(transform)
+        >>> train[0]["pixel_values"].shape
+        torch.Size([3, 224, 224])
+    """
+
+    def __init__(
+        self,
+        processor: BaseImageProcessor,
+        augmentation: Augmentation = "none",
+        image_column: str = "image",
+        label_column: str = "label",
+    ):
+        if augmentation not in get_args(Augmentation):
+            raise ValueError(
+                f"augmentation is '{augmentation}'. It must be one of {list(get_args(Augmentation))}: choose one."
+            )
+        self.processor = processor
+        self.image_column = image_column
+        self.label_column = label_column
+        self.augment = None
+        if augmentation == "crop_flip":
+            height, width = output_size(processor)
+            # Pillow numbers its filters as the processor does; torchvision has an enum of its own.
+            resample = processor.resample if processor.resample is not None else Image.Resampling.BILINEAR
+            interpolation = v2.InterpolationMode[Image.Resampling(int(resample)).name]
+            self.augment = v2.Compose(
+                [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
+            )
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        """Map columns of images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers."""
+        images = [convert_to_rgb(image) for image in batch[self.image_column]]
+        if self.augment is None:
+            processed = self.processor(images)
+        else:
+            # The crop has the final size already; rescaling and normalisation stay the processor's.
+            images = [self.augment(image) for image in images]
+            processed = self.processor(images, do_resize=False, do_center_crop=False)
+        columns = {"pixel_values": [torch.as_tensor(pixels) for pixels in processed["pixel_values"]]}
+        if self.label_column in batch:
+            columns["labels"] = list(batch[self.label_column])
+        return columns
+
+
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Return the height and width, in pixels, of what an image processor puts out.
+
+    Raises:
+        ValueError: The processor keeps each image's own shape, so there is no such size.
+    """
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    if "height" in size and "width" in size:
+        return size["height"], size["width"]
+    if "shortest_edge" in size:
+        # Processors that fix the shortest edge and crop nothing expect square inputs in training.
+        return size["shortest_edge"], size["shortest_edge"]
+    raise ValueError(
+        f"{type(processor).__name__} has the size {dict(size)}. A size with height and width, or with shortest_edge, is "
+        "needed for random crops: set `processor.size`, or use augmentation 'none'."
+    )
+
+
+def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack transformed examples to a batch: `pixel_values` `(B, 3, height, width)` and, if present, `labels` `(B,)`.
+
+    Raises:
+        ValueError: Examples were not transformed, or differ in size.
+    """
+    if "pixel_values" not in examples[0]:
+        raise ValueError(
+            f"Examples have the keys {sorted(examples[0])}. 'pixel_values' is needed: apply "
+            "`dataset.with_transform(ImageTransform(processor))`, and keep remove_unused_columns=False in the training "
+            "arguments."
+        )
+    shapes = {tuple(example["pixel_values"].shape) for example in examples}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"Images of one batch have the shapes {sorted(shapes)}. One shape is needed: give the image processor a "
+            "size with height and width, or do_center_crop."
+        )
+    batch = {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([example["labels"] for example in examples], dtype=torch.long)
+    return batch

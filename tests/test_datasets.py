@@ -1,0 +1,165 @@
+"""Data sets of any layout become train, validation and test splits with the columns image and label."""
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from hf_vpt.data import load_image_dataset
+
+
+CLASSES = ("cat", "dog", "emu")
+
+
+def write_images(folder, per_class=10, classes=CLASSES):
+    """Write `per_class` images for each class, every one of its own grey value, in one subfolder a class."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for index in range(per_class):
+            grey = np.full((4, 6), 20 * number + index, dtype=np.uint8)
+            PILImage.fromarray(grey).save(folder / name / f"{index}.png")
+    return folder
+
+
+def save_parquet_splits(folder, columns, features=None, splits=("train",), repeat=10):
+    """Write a data set with one parquet file a split; each column's values are repeated `repeat` times."""
+    folder.mkdir()
+    num_rows = len(next(iter(columns.values()))) * repeat
+    picture = PILImage.new("L", (4, 4))
+    rows = {"picture": [picture] * num_rows} | {name: values * repeat for name, values in columns.items()}
+    types = {"picture": Image()} | (features or {name: Value("string") for name in columns})
+    for split in splits:
+        Dataset.from_dict(rows, features=Features(types)).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def load(folder, tmp_path, **kwargs):
+    return load_image_dataset(str(folder), cache_dir=str(tmp_path / "cache"), **kwargs)
+
+
+def grey_values(data):
+    return sorted(np.asarray(image)[0, 0].item() for image in data["image"])
+
+
+def test_folder_without_splits_is_divided_in_three_disjoint_parts(tmp_path):
+    splits = load(write_images(tmp_path / "animals"), tmp_path)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 19, "validation": 5, "test": 6}
+    # Every image has a grey value of its own, so equality with the full list means nothing is lost or used twice.
+    together = sorted(sum((grey_values(data) for data in splits.values()), []))
+    assert together == sorted(20 * number + index for number in range(3) for index in range(10))
+
+
+def test_columns_and_class_names_are_the_same_in_every_split(tmp_path):
+    for data in load(write_images(tmp_path / "animals"), tmp_path).values():
+        assert data.column_names == ["image", "label"]
+        assert isinstance(data.features["image"], Image)
+        assert data.features["label"].names == list(CLASSES)
+
+
+def test_drawn_splits_hold_every_class_in_proportion(tmp_path):
+    splits = load(write_images(tmp_path / "animals"), tmp_path)
+    assert [splits["test"]["label"][:].count(number) for number in range(3)] == [2, 2, 2]
+    assert set(splits["validation"]["label"]) == {0, 1, 2}
+
+
+def test_drawn_splits_depend_on_the_seed_alone(tmp_path):
+    folder = write_images(tmp_path / "animals")
+    first, same, other = (load(folder, tmp_path, seed=seed)["test"] for seed in (0, 0, 1))
+    assert grey_values(first) == grey_values(same)
+    assert grey_values(first) != grey_values(other)
+
+
+def test_published_splits_are_kept_as_they_are(tmp_path):
+    for split, per_class in (("train", 5), ("validation", 2), ("test", 3)):
+        write_images(tmp_path / "animals" / split, per_class)
+    splits = load(tmp_path / "animals", tmp_path)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 15, "validation": 6, "test": 9}
+
+
+def test_validation_is_drawn_from_train_where_only_test_is_published(tmp_path):
+    write_images(tmp_path / "animals" / "train", 10)
+    write_images(tmp_path / "animals" / "test", 3)
+    splits = load(tmp_path / "animals", tmp_path, validation_fraction=0.3)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 21, "validation": 9, "test": 9}
+
+
+def test_published_validation_becomes_the_test_split_where_there_is_no_other(tmp_path):
+    write_images(tmp_path / "animals" / "train", 10)
+    write_images(tmp_path / "animals" / "val", 3)
+    splits = load(tmp_path / "animals", tmp_path)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 24, "validation": 6, "test": 9}
+
+
+def test_string_labels_become_class_labels(tmp_path):
+    folder = save_parquet_splits(tmp_path / "data", {"species": ["dog", "cat"]}, splits=("train", "test"))
+    splits = load(folder, tmp_path)
+    assert splits["test"].features["label"].names == ["cat", "dog"]
+    assert splits["test"]["label"][:2] == [1, 0]
+
+
+def test_integer_labels_are_sorted_as_numbers(tmp_path):
+    folder = save_parquet_splits(tmp_path / "data", {"year": [2, 10]}, {"year": Value("int64")})
+    splits = load(folder, tmp_path)
+    assert splits["train"].features["label"].names == ["2", "10"]
+
+
+def test_class_label_column_is_preferred_to_other_columns(tmp_path):
+    columns = {"photographer": ["x", "y"], "breed": [1, 0]}
+    types = {"photographer": Value("string"), "breed": ClassLabel(names=["pug", "husky"])}
+    splits = load(save_parquet_splits(tmp_path / "data", columns, types), tmp_path)
+    assert splits["train"].features["label"].names == ["pug", "husky"]
+
+
+def test_ambiguous_label_columns_are_an_error_that_lists_them(tmp_path):
+    columns = {"fine": [0, 1], "coarse": [0, 1]}
+    types = {name: ClassLabel(num_classes=2) for name in columns}
+    folder = save_parquet_splits(tmp_path / "data", columns, types)
+    with pytest.raises(ValueError, match=r"2 columns.*'fine', 'coarse'.*label_column"):
+        load(folder, tmp_path)
+    assert load(folder, tmp_path, label_column="coarse")["train"].column_names == ["image", "label"]
+
+
+def test_missing_column_is_an_error_that_lists_what_there_is(tmp_path):
+    folder = save_parquet_splits(tmp_path / "data", {"species": ["dog", "cat"]})
+    with pytest.raises(ValueError, match=r"no column 'kind'.*'picture' \(Image\), 'species' \(Value\)"):
+        load(folder, tmp_path, label_column="kind")
+
+
+def test_data_without_images_is_an_error(tmp_path):
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"label": [0, 1]}).to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(ValueError, match="0 columns of type Image.*image_column"):
+        load(tmp_path / "data", tmp_path)
+
+
+def test_unlabelled_test_split_is_not_used_for_scoring(tmp_path):
+    picture, features = PILImage.new("L", (4, 4)), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    labelled = Dataset.from_dict({"image": [picture] * 20, "label": [0, 1] * 10}, features=features)
+    unlabelled = Dataset.from_dict({"image": [picture] * 4, "label": [-1] * 4}, features=features)
+    DatasetDict(train=labelled, test=unlabelled).save_to_disk(tmp_path / "data")
+    splits = load(tmp_path / "data", tmp_path)
+    assert set(splits["test"]["label"]) == {0, 1}
+
+
+def test_class_with_one_image_cannot_be_split_and_is_named(tmp_path):
+    write_images(tmp_path / "animals", 5, ["cat", "dog"])
+    write_images(tmp_path / "more", 1, ["emu"])
+    (tmp_path / "more" / "emu").rename(tmp_path / "animals" / "emu")
+    with pytest.raises(ValueError, match="smallest class: 'emu', 1.*At least two images a class"):
+        load(tmp_path / "animals", tmp_path)
+
+
+def test_folder_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder.*correct the path"):
+        load_image_dataset(str(tmp_path / "nowhere"))
+
+
+def test_data_without_a_train_split_is_an_error(tmp_path):
+    write_images(tmp_path / "animals" / "test", 3)
+    with pytest.raises(ValueError, match=r"splits \['test'\].*train is needed"):
+        load(tmp_path / "animals", tmp_path)
+
+
+def test_fraction_outside_zero_to_one_is_refused():
+    with pytest.raises(ValueError, match="validation_fraction is 1.5"):
+        load_image_dataset("digits", validation_fraction=1.5)
