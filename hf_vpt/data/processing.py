@@ -18,8 +18,8 @@ Augmentation = Literal["none", "crop_flip"]
 def convert_to_rgb(image: Image.Image) -> Image.Image:
     """Turn an image of any colour mode into 8-bit RGB, as `pipeline("image-classification")` sees it.
 
-    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit grey images are
-    scaled from 0..65535 to 0..255 first, because Pillow would cut everything above 255 off to white.
+    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit grey images
+    are scaled from 0..65535 to 0..255 first, because Pillow would cut everything above 255 off to white.
 
     Args:
         image: Any Pillow image; float images (mode F) only if their values lie in 0..255.
@@ -39,8 +39,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
         low, high = image.getextrema()
         if low < 0 or high > 255:
             raise ValueError(
-                f"A float image (mode F) has values from {low:g} to {high:g}. Values from 0 to 255 are needed, because "
-                "nothing in the file says what white is: rescale the images and save them with 8 bits."
+                f"A float image (mode F) has values from {low:g} to {high:g}. Values from 0 to 255 are needed, "
+                "because nothing in the file says what white is: rescale the images and save them with 8 bits."
             )
     elif image.mode == "P" and "transparency" in image.info:
         # Pillow warns about palettes with transparency unless they pass through RGBA.
@@ -51,8 +51,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
 class ImageTransform:
     """Make pixel values from images, exactly as the backbone's own image processor does.
 
-    Size, interpolation, rescaling, mean and standard deviation are the processor's, so training, evaluation and a later
-    `pipeline` see the same numbers. Objects can be pickled and used in data loader workers.
+    Size, interpolation, rescaling, mean and standard deviation are the processor's, so training, evaluation and a
+    later `pipeline` see the same numbers. Objects can be pickled and used in data loader workers.
 
     Args:
         processor: The image processor saved with the backbone.
@@ -94,7 +94,7 @@ class ImageTransform:
             )
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Map columns of images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers."""
+        """Map images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers."""
         images = [convert_to_rgb(image) for image in batch[self.image_column]]
         if self.augment is None:
             processed = self.processor(images)
@@ -121,8 +121,8 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
         # Processors that fix the shortest edge and crop nothing expect square inputs in training.
         return size["shortest_edge"], size["shortest_edge"]
     raise ValueError(
-        f"{type(processor).__name__} has the size {dict(size)}. A size with height and width, or with shortest_edge, is "
-        "needed for random crops: set `processor.size`, or use augmentation 'none'."
+        f"{type(processor).__name__} has the size {dict(size)}. A size with height and width, or with shortest_edge, "
+        "is needed for random crops: set `processor.size`, or use augmentation 'none'."
     )
 
 
@@ -135,8 +135,8 @@ def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     if "pixel_values" not in examples[0]:
         raise ValueError(
             f"Examples have the keys {sorted(examples[0])}. 'pixel_values' is needed: apply "
-            "`dataset.with_transform(ImageTransform(processor))`, and keep remove_unused_columns=False in the training "
-            "arguments."
+            "`dataset.with_transform(ImageTransform(processor))`, and keep remove_unused_columns=False in the "
+            "training arguments."
         )
     shapes = {tuple(example["pixel_values"].shape) for example in examples}
     if len(shapes) > 1:
