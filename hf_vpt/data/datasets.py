@@ -218,7 +218,7 @@ def _stratified_split(data: Dataset, fraction: float, seed: int, name: str) -> t
         raise ValueError(
             f"Data set '{name}': {fraction:g} of {len(data)} images in {len(counts)} classes cannot be set aside with "
             f"every class in both parts (smallest class: '{names[smallest]}', {counts[smallest]}). At least two "
-            "images a class, and one a class in the part set aside, are needed: provide validation and test folders, or a "
-            f"larger fraction. ({error})"
+            "images a class, and one a class in the part set aside, are needed: provide validation and test folders, "
+            f"or a larger fraction. ({error})"
         ) from error
     return parts["train"], parts["test"]
