@@ -1,0 +1,36 @@
+"""Training with Trainer and Accelerate: settings, models, metrics, and a whole run in one call."""
+
+from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from .experiment import build_trainer, train_classifier
+from .metrics import Accuracy, ComputeMetrics, MeanClassAccuracy
+from .models import (
+    count_trained_parameters,
+    load_classifier,
+    load_image_processor,
+    load_label_names,
+    prepare_for_training,
+)
+from .parsing import Settings, parse_arguments
+from .trainer import ClassificationLoss, ImageClassificationTrainer
+
+
+__all__ = [
+    "BASELINES",
+    "Accuracy",
+    "ClassificationLoss",
+    "ComputeMetrics",
+    "DataArguments",
+    "ImageClassificationTrainer",
+    "MeanClassAccuracy",
+    "ModelArguments",
+    "Settings",
+    "TrainingArguments",
+    "build_trainer",
+    "count_trained_parameters",
+    "load_classifier",
+    "load_image_processor",
+    "load_label_names",
+    "parse_arguments",
+    "prepare_for_training",
+    "train_classifier",
+]

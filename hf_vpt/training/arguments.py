@@ -1,0 +1,153 @@
+"""Settings of a training run: which model, which data, how to train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import transformers
+
+from ..data.processing import Augmentation
+
+
+# Baselines that need no adapter: train the head alone, or everything.
+BASELINES = ("linear_probe", "full")
+
+
+@dataclass
+class ModelArguments:
+    """Which backbone is adapted, and by which method.
+
+    The settings of the method itself (number of prompts and so on) are the fields of its configuration class, and are
+    given under their own names beside these.
+
+    Args:
+        model_name_or_path: Folder or Hub id of a vision transformer, or `"demo"` for the small one that comes with the
+            package.
+        model_revision: Branch, tag or commit of the backbone on the Hub.
+        attn_implementation: Attention kernel, such as `"sdpa"` or `"eager"`. Default: the model's own choice.
+        dtype: Number format of the frozen weights. For mixed precision, keep float32 here and pass `bf16`.
+        method: One of `hf_vpt.tuners.METHODS`, or a baseline: `"linear_probe"` trains the head alone, `"full"` trains
+            everything.
+    """
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str = field(default="demo", metadata={"help": "Folder, Hub id, or demo."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel: sdpa, eager and so on."}
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Number format of the weights."}
+    )
+    method: str = field(default="vapt", metadata={"help": "Prompt method, linear_probe or full."})
+
+
+@dataclass
+class DataArguments:
+    """Which images are learned from, and how they are prepared; see `hf_vpt.data.load_image_dataset`.
+
+    Args:
+        dataset_name: `"digits"`, a folder, or a data set id on the Hub.
+        dataset_config_name: Configuration of a data set that has several.
+        dataset_revision: Branch, tag or commit of a data set on the Hub.
+        image_column: Column of the images. Default: found by its type.
+        label_column: Column of the classes. Default: found by its type or name.
+        validation_fraction: Share of the training images set aside for validation where no split is published.
+        test_fraction: Share set aside for the test where no split is published.
+        split_seed: Decides which images are set aside; independent of `seed`, so that runs with different seeds share
+            their splits.
+        augmentation: What training images go through: `"none"`, or `"crop_flip"` for random crops and flips.
+    """
+
+    _argument_group_name = "data"
+
+    dataset_name: str = field(default="digits", metadata={"help": "digits, a folder, or a data set id on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the classes; found if left out."})
+    validation_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside for validation."})
+    test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
+    split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
+    augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """`transformers.TrainingArguments` with settings for visual prompts, and defaults for image classification.
+
+    Changed defaults: evaluate, save and log each epoch; keep the epoch with the best validation accuracy; cosine
+    schedule; columns are kept, because images are transformed on the fly; labels are named, because a PEFT model hides
+    its signature from `Trainer`.
+
+    Args:
+        warmup_epochs: Epochs, fractions allowed, over which the learning rate climbs linearly from zero. Takes the
+            place of `warmup_steps`.
+        scale_learning_rate: Multiply all learning rates by global batch size / 256, as the published settings of VPT
+            and its successors are meant. The global batch counts all processes and accumulated batches.
+        head_learning_rate: Learning rate of the classification head. Default: that of everything else.
+        head_weight_decay: Weight decay of the head's weights (biases have none). Default: that of everything else.
+
+    Raises:
+        ValueError: A setting is out of range, or two settings contradict each other.
+    """
+
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps, epoch."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept beside the best one."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch, not the last."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What the best epoch is best in."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate after warm-up."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: it would drop the images."})
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "Name of the labels in a batch."}
+    )
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to log: tensorboard, wandb."})
+
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Epochs of linear warm-up."})
+    scale_learning_rate: bool = field(
+        default=False, metadata={"help": "Multiply learning rates by global batch size / 256."}
+    )
+    head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
+    head_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the head."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_epochs < 0 or self.warmup_epochs > self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs:g} and num_train_epochs {self.num_train_epochs:g}. Warm-up "
+                "must last between 0 and num_train_epochs epochs: change one of them."
+            )
+        if self.warmup_epochs and (self.warmup_steps or self.max_steps > 0):
+            other = "warmup_steps" if self.warmup_steps else "max_steps"
+            raise ValueError(
+                f"warmup_epochs and {other} are both set. Warm-up counted in epochs needs a run counted in epochs, "
+                f"and only one of both lengths: remove {other}, or use warmup_steps instead of warmup_epochs."
+            )
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns is true. It must be false, because Trainer would drop the images before they "
+                "are transformed: leave it out."
+            )
+        for name in ("head_learning_rate", "head_weight_decay"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the number of optimiser steps over which the learning rate climbs."""
+        if self.warmup_epochs:
+            return round(num_training_steps * self.warmup_epochs / self.num_train_epochs)
+        return super().get_warmup_steps(num_training_steps)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Images that one optimiser step learns from, over all processes and accumulated batches."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What all learning rates are multiplied by: 1, or global batch size / 256."""
+        return self.global_batch_size / 256 if self.scale_learning_rate else 1.0

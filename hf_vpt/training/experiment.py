@@ -1,0 +1,150 @@
+"""One training run from settings to scores: train, choose on validation, test once, save, push."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..data import ImageTransform, collate_images, load_image_dataset
+from .metrics import ComputeMetrics
+from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
+from .parsing import Settings
+from .trainer import ImageClassificationTrainer
+
+
+METRICS_FILE = "metrics.json"
+RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
+
+
+def train_classifier(settings: Settings) -> dict[str, Any]:
+    """Train a classifier, score it, and save it with everything needed to use it again.
+
+    Parameters are fitted on the train split. With `load_best_model_at_end` (the default) the epoch with the best
+    validation score is kept. The test split is looked at once, after that.
+
+    Written to `output_dir`: the adapter with its head (or the whole model, for a baseline), the image processor, the
+    names of the classes, and `metrics.json`. With `push_to_hub` the folder goes to the Hub too.
+
+    Args:
+        settings: What `parse_arguments` returns.
+
+    Returns:
+        What `metrics.json` holds: scores on both splits, the epoch they belong to, numbers of trained parameters,
+        seconds of training, seed, settings and versions.
+    """
+    trainer, data = build_trainer(settings)
+    outcome = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(settings))
+    validation = trainer.evaluate(metric_key_prefix="validation")
+    # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
+    test = trainer.predict(data["test"], metric_key_prefix="test").metrics
+
+    results = {
+        **{name: value for name, value in {**test, **validation}.items() if "accuracy" in name or "loss" in name},
+        "best_epoch": _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end),
+        **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
+        "train_seconds": outcome.metrics["train_runtime"],
+        "method": settings.model.method,
+        "model_name_or_path": settings.model.model_name_or_path,
+        "dataset_name": settings.data.dataset_name,
+        "num_images": {split: len(images) for split, images in data.items()},
+        "label_names": data["train"].features["label"].names,
+        "seed": settings.training.seed,
+        "num_train_epochs": settings.training.num_train_epochs,
+        "num_processes": settings.training.world_size,
+        "global_batch_size": settings.training.global_batch_size,
+        "versions": {package: metadata.version(package) for package in RECORDED_VERSIONS}
+        | {"python": platform.python_version()},
+    }
+    if trainer.is_world_process_zero():
+        output_dir = Path(settings.training.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / METRICS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if settings.training.push_to_hub:
+        trainer.push_to_hub(tasks="image-classification", dataset=settings.data.dataset_name)
+    else:
+        trainer.save_model()
+    return results
+
+
+def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, DatasetDict]:
+    """Load data and backbone, and put them together to a trainer that has not trained yet.
+
+    Args:
+        settings: What `parse_arguments` returns.
+
+    Returns:
+        The trainer, and the three splits with their transforms.
+    """
+    model_args, data_args, training_args, peft_config = settings
+    # The head and the prompts are drawn before Trainer sets the seed.
+    (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
+    with training_args.main_process_first(desc="load the data set"):
+        data = load_image_dataset(
+            data_args.dataset_name,
+            config_name=data_args.dataset_config_name,
+            revision=data_args.dataset_revision,
+            image_column=data_args.image_column,
+            label_column=data_args.label_column,
+            validation_fraction=data_args.validation_fraction,
+            test_fraction=data_args.test_fraction,
+            seed=data_args.split_seed,
+        )
+    processor = load_image_processor(model_args)
+    model = load_classifier(model_args, data["train"].features["label"].names)
+    model = prepare_for_training(model, model_args.method, peft_config)
+
+    plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
+    data = DatasetDict(
+        {split: images.with_transform(augmented if split == "train" else plain) for split, images in data.items()}
+    )
+    trainer = ImageClassificationTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=collate_images,
+        processing_class=processor,
+        compute_metrics=ComputeMetrics(),
+        callbacks=_callbacks(model_args.method),
+    )
+    return trainer, data
+
+
+def _callbacks(method: str) -> list[TrainerCallback]:
+    """Return what a method needs done between epochs."""
+    if method == "provpt":
+        from .relocation import RelocationCallback
+
+        return [RelocationCallback()]
+    return []
+
+
+def _checkpoint_to_resume(settings: Settings) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` names; `true` and `last` stand for the latest one."""
+    wanted = settings.training.resume_from_checkpoint
+    if wanted is None or wanted.lower() not in ("true", "last"):
+        return wanted
+    output_dir = settings.training.output_dir
+    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"'{output_dir}' holds no checkpoint. resume_from_checkpoint: {wanted} needs one there: correct "
+            "output_dir, or leave resume_from_checkpoint out to start anew."
+        )
+    return checkpoint
+
+
+def _epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:
+    """Return the epoch after which the model's present weights were reached."""
+    if best_is_loaded:
+        for entry in state.log_history:
+            if entry["step"] == state.best_global_step:
+                return entry["epoch"]
+    return state.epoch

@@ -1,0 +1,148 @@
+"""Backbone with a new head, and what of it a method trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .arguments import ModelArguments
+
+
+LABELS_FILE = "id2label.json"
+
+
+def resolve_model_path(name: str) -> str:
+    """Return where a backbone lies: the packaged one for `"demo"`, else `name` itself, a folder or a Hub id."""
+    if name != "demo":
+        return name
+    from ..demo import demo_backbone_path
+
+    return str(demo_backbone_path())
+
+
+def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> PreTrainedModel:
+    """Load a pre-trained vision transformer with a fresh classification head that knows the names of its classes.
+
+    The head is drawn at random (seed first) unless the backbone comes with one for the same number of classes.
+
+    Args:
+        model_args: Which backbone, in which number format and with which attention kernel.
+        label_names: Name of each class, in the order of the data set's class labels.
+
+    Returns:
+        The model, with `config.id2label` and `config.label2id` set and every parameter trainable.
+    """
+    path = resolve_model_path(model_args.model_name_or_path)
+    id2label = dict(enumerate(label_names))
+    config = AutoConfig.from_pretrained(
+        path,
+        revision=model_args.model_revision,
+        id2label=id2label,
+        label2id={label: number for number, label in id2label.items()},
+    )
+    return AutoModelForImageClassification.from_pretrained(
+        path,
+        config=config,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=getattr(torch, model_args.dtype),
+        # A head for other classes is replaced.
+        ignore_mismatched_sizes=True,
+    )
+
+
+def load_image_processor(model_args: ModelArguments) -> BaseImageProcessor:
+    """Load the image processor that was saved with the backbone: size, rescaling, mean, standard deviation."""
+    path = resolve_model_path(model_args.model_name_or_path)
+    return AutoImageProcessor.from_pretrained(path, revision=model_args.model_revision)
+
+
+def prepare_for_training(
+    model: PreTrainedModel, method: str, peft_config: PeftConfig | None = None
+) -> PreTrainedModel | PeftModel:
+    """Choose what trains: an adapter and the head, the head alone, or everything.
+
+    Args:
+        model: A classifier from `load_classifier`. It is changed in place.
+        method: A prompt method, `"linear_probe"` or `"full"`.
+        peft_config: Configuration of the prompt method; None for the two baselines.
+
+    Returns:
+        A `PeftModel` around `model` for a prompt method, else `model`.
+    """
+    if peft_config is not None:
+        return get_peft_model(model, peft_config)
+    if method == "linear_probe":
+        head = {id(parameter) for parameter in head_parameters(model)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in head)
+        # Trainer puts the whole model in training mode before each step. A frozen backbone's dropout and stochastic
+        # depth would only blur the features, so the backbone goes back to evaluation mode before it runs.
+        for child in model.children():
+            if not any(id(parameter) in head for parameter in child.parameters()):
+                child.register_forward_pre_hook(_evaluation_mode)
+    return model
+
+
+def _evaluation_mode(module: nn.Module, args: tuple) -> None:
+    module.eval()
+
+
+def head_parameters(model: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
+    """Return the parameters of a classifier's head.
+
+    In a `PeftModel` these are the trained copies of the modules to save; else everything outside the backbone.
+
+    Raises:
+        ValueError: The model has no backbone and head that could be told apart.
+    """
+    if isinstance(model, PeftModel):
+        wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        return [parameter for wrapper in wrappers for parameter in wrapper.parameters() if parameter.requires_grad]
+    if model.base_model is not model:
+        backbone = {id(parameter) for parameter in model.base_model.parameters()}
+        return [parameter for parameter in model.parameters() if id(parameter) not in backbone]
+    # Vision towers taken out of a two-tower model (CLIP, SigLIP) have no attribute of that name.
+    if isinstance(head := getattr(model, "classifier", None), nn.Module):
+        return list(head.parameters())
+    raise ValueError(
+        f"{type(model).__name__} has the parts {[name for name, _ in model.named_children()]}. A backbone and a head "
+        "called classifier are needed to train the head alone: use another model class or method 'full'."
+    )
+
+
+def count_trained_parameters(model: nn.Module) -> dict[str, int]:
+    """Count the numbers that training changes: all of them, and those outside the head, which methods compete in.
+
+    Returns:
+        `trained_parameters` and `trained_parameters_without_head`.
+    """
+    head = {id(parameter) for parameter in head_parameters(model)}
+    trained = {id(parameter): parameter.numel() for parameter in model.parameters() if parameter.requires_grad}
+    return {
+        "trained_parameters": sum(trained.values()),
+        "trained_parameters_without_head": sum(number for key, number in trained.items() if key not in head),
+    }
+
+
+def save_label_names(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
+    """Write the names of the classes beside an adapter, which otherwise does not record them.
+
+    They are not written as a `config.json`, because Transformers takes a local folder that has one for a whole model.
+    """
+    text = json.dumps(model.config.id2label, indent=2, ensure_ascii=False)
+    (Path(folder) / LABELS_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_label_names(folder: str | Path) -> list[str]:
+    """Read the names of the classes that were written beside an adapter, in the order of their numbers."""
+    names = json.loads((Path(folder) / LABELS_FILE).read_text(encoding="utf-8"))
+    return [names[str(number)] for number in range(len(names))]

@@ -1,0 +1,89 @@
+"""A `Trainer` whose loss, learning rates and checkpoints suit prompted image classifiers."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from peft import PeftModel
+from torch.nn import functional as F
+
+from .models import head_parameters, save_label_names
+
+
+class ClassificationLoss:
+    """Cross-entropy averaged over the images of one optimiser step, however they were spread.
+
+    `Trainer` accumulates gradients over micro-batches and processes without dividing by their number when a loss
+    function of one's own is used, so the sum over a micro-batch is divided by the images of the whole step. Then two
+    accumulated batches of 4 give the gradient of one batch of 8.
+
+    Args:
+        label_smoothing: Share in [0, 1) of the target that is spread evenly over all classes while training.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0):
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
+        """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation)."""
+        # In float32, because a softmax over many classes loses too much in half precision.
+        logits = outputs["logits"].float()
+        if num_items_in_batch is None:
+            return F.cross_entropy(logits, labels)
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        # Several GPUs in one process share a batch, of which Trainer then tells each its part.
+        return total / torch.as_tensor(num_items_in_batch).sum()
+
+
+class ImageClassificationTrainer(transformers.Trainer):
+    """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
+
+    It differs from `transformers.Trainer` in four ways: the loss is `ClassificationLoss`; learning rates may scale
+    with the batch; the head may have a learning rate and weight decay of its own; and every checkpoint of an adapter holds
+    the names of the classes (`id2label.json`).
+
+    Args:
+        model: A model from `prepare_for_training`.
+        args: Training settings.
+        kwargs: Everything else that `transformers.Trainer` takes, except `compute_loss_func`.
+    """
+
+    def __init__(self, model=None, args=None, **kwargs):
+        smoothing = args.label_smoothing_factor
+        super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return optimizer_class, {**kwargs, "lr": args.learning_rate * args.learning_rate_factor}
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and (self.args.head_learning_rate is not None or self.args.head_weight_decay is not None):
+            self._give_head_its_own_groups(optimizer)
+        return optimizer
+
+    def _give_head_its_own_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        head = {id(parameter) for parameter in head_parameters(model)}
+        names = set(self.get_decay_parameter_names(model))
+        decayed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in head]
+            if not moved:
+                continue
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            own = {**group, "params": moved}
+            if self.args.head_learning_rate is not None:
+                own["lr"] = self.args.head_learning_rate * self.args.learning_rate_factor
+            # Trainer's groups hold either only decayed parameters or none, such as biases; those stay without decay.
+            if self.args.head_weight_decay is not None and id(moved[0]) in decayed:
+                own["weight_decay"] = self.args.head_weight_decay
+            optimizer.add_param_group(own)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.should_save and isinstance(model, PeftModel):
+            save_label_names(model, output_dir or self.args.output_dir)
