@@ -105,7 +105,8 @@ class TrainingArguments(transformers.TrainingArguments):
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Name of the labels in a batch."}
     )
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to log: tensorboard, wandb."})
+    # The order of the types is Trainer's: the argument parser takes the second one.
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to log: tensorboard, wandb."})
 
     warmup_epochs: float = field(default=0.0, metadata={"help": "Epochs of linear warm-up."})
     scale_learning_rate: bool = field(

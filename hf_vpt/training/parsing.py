@@ -137,11 +137,10 @@ def _option_type(hint: Any) -> Any:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint
     members = [member for member in get_args(hint) if member is not type(None)]
-    if len(members) == 1:
-        return hint
     lists = [member for member in members if get_origin(member) is list]
     widest = [member for member in (str, float, int) if member in members]
     chosen = (lists or widest or members)[0]
+    # None goes last, where the parser looks for it.
     return chosen | None if type(None) in get_args(hint) else chosen
 
 

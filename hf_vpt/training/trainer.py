@@ -39,8 +39,8 @@ class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
     It differs from `transformers.Trainer` in four ways: the loss is `ClassificationLoss`; learning rates may scale
-    with the batch; the head may have a learning rate and weight decay of its own; and every checkpoint of an adapter holds
-    the names of the classes (`id2label.json`).
+    with the batch; the head may have a learning rate and weight decay of its own; and every checkpoint of an adapter
+    holds the names of the classes (`id2label.json`).
 
     Args:
         model: A model from `prepare_for_training`.
