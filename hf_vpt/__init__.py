@@ -1,0 +1,36 @@
+"""Visual prompt tuning for the Hugging Face ecosystem: VPT, VAPT, PRO-VPT and BPT as PEFT methods.
+
+Importing this package registers the methods with PEFT. Do it in every program that loads one of its adapters:
+
+    import hf_vpt
+    model = PeftModel.from_pretrained(vit, "user/adapter")
+"""
+
+from .backbones import BACKBONES, BackboneRecord
+from .registration import register_method
+from .tuners import METHODS, TUNERS
+from .tuners.bpt import BPTConfig, BPTModel, initialize_whitening
+from .tuners.provpt import PROVPTConfig, PROVPTModel
+from .tuners.vapt import VAPTConfig, VAPTModel
+from .tuners.vpt import VPTConfig, VPTModel
+
+
+__version__ = "0.1.0"
+
+for _method in METHODS:
+    register_method(METHODS[_method], TUNERS[_method])
+
+__all__ = [
+    "BACKBONES",
+    "METHODS",
+    "BPTConfig",
+    "BPTModel",
+    "BackboneRecord",
+    "PROVPTConfig",
+    "PROVPTModel",
+    "VAPTConfig",
+    "VAPTModel",
+    "VPTConfig",
+    "VPTModel",
+    "initialize_whitening",
+]

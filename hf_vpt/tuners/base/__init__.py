@@ -1,0 +1,9 @@
+"""What all prompt methods share: config fields, prompts of a block, the wrapped block, the tuner."""
+
+from .block import PromptedBlock
+from .config import PromptConfig
+from .model import PromptTuner
+from .prompts import BlockLayout, Prompts, StaticPrompts
+
+
+__all__ = ["BlockLayout", "PromptConfig", "PromptTuner", "PromptedBlock", "Prompts", "StaticPrompts"]

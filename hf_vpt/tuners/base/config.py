@@ -1,0 +1,152 @@
+"""Fields and checks that the configs of all prompt methods share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .checkpoint import verify_checkpoint
+
+
+@dataclass
+class PromptConfig(PeftConfig):
+    """What every prompt method can be told: how many prompts, in which blocks, and what else trains.
+
+    Args:
+        num_virtual_tokens: Number N of prompts in a block, at least 1.
+        deep: Whether each block gets prompts of its own, whose outputs are thrown away after the block (`True`), or
+            prompts are inserted once, before block 0, and flow through all blocks as tokens (`False`).
+        prompt_dropout: Probability in [0, 1) with which an element of a prompt is zeroed while training, drawn for
+            each image.
+        layers_to_transform: Indices of the blocks that get prompts, `None` for all. Negative ones count from the last
+            block, so `list(range(-4, 0))` are the last four. Deep prompts only.
+        modules_to_save: Names of modules to train and save whole beside the prompts. `None` finds the task head by
+            itself; `[]` leaves it frozen and out of the file.
+        init_weights: `False` fills every tensor of the adapter with random numbers instead of the method's own
+            initial values, so that tests see an adapter that changes the output.
+        target_modules: Filled in from the backbone record; leave it `None`.
+        token_dim: Width D that the adapter was made for. Filled in from the model.
+        num_layers: Number of blocks of the model that the adapter was made for. Filled in from the model.
+
+    Raises:
+        ValueError: If a field holds a wrong type, a value out of its range, or does not go with another field.
+    """
+
+    method_name: ClassVar[str]
+    # Shapes in the adapter file that this config was loaded with, by tensor name; never saved.
+    saved_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
+
+    num_virtual_tokens: int = field(default=10, metadata={"help": "Number of prompts in a block."})
+    deep: bool = field(default=True, metadata={"help": "Prompts of its own for each block, or inserted once."})
+    prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts while training."})
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the blocks that get prompts; all if left out."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole; the task head is found if left out."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start from the method's own initial values."})
+    target_modules: str | None = field(default=None, metadata={"help": "Filled in from the backbone record."})
+    token_dim: int | None = field(default=None, metadata={"help": "Width of the tokens; filled in from the model."})
+    num_layers: int | None = field(default=None, metadata={"help": "Number of blocks; filled in from the model."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        # JSON gives a string back; PEFT compares members.
+        self.peft_type = PeftType[self.method_name]
+        self.check_int("num_virtual_tokens", low=1)
+        self.check_bool("deep")
+        self.check_bool("init_weights")
+        self.check_fraction("prompt_dropout")
+        self.check_int("token_dim", low=1, optional=True)
+        self.check_int("num_layers", low=1, optional=True)
+        self.layers_to_transform = self._list_of("layers_to_transform", int)
+        self.modules_to_save = self._list_of("modules_to_save", str)
+        if self.layers_to_transform is not None:
+            if not self.layers_to_transform or len(set(self.layers_to_transform)) < len(self.layers_to_transform):
+                self.fail("layers_to_transform", "a list of different block indices with at least one entry")
+            if not self.deep:
+                self.fail("layers_to_transform", "None with deep=False: shallow prompts enter before block 0")
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            self.fail("target_modules", "None: the blocks are found by the backbone record; see layers_to_transform")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Loads the config of a saved adapter, after a look at the adapter's weights.
+
+        PEFT wraps the model before it opens the weights. A file that is truncated, holds NaN, lacks the head or does
+        not fit its config is refused here instead, while the model is still as it was.
+
+        Raises:
+            ValueError: If the weights cannot be what the config says.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, PromptConfig):
+            config.saved_shapes = verify_checkpoint(
+                config, os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs
+            )
+        return config
+
+    def resolved_layers(self, num_layers: int) -> list[int]:
+        """Sorted indices of the blocks with prompts in a model of `num_layers` blocks.
+
+        Raises:
+            ValueError: If an index lies outside the model.
+        """
+        if not self.deep:
+            return [0]
+        if self.layers_to_transform is None:
+            return list(range(num_layers))
+        if any(not -num_layers <= index < num_layers for index in self.layers_to_transform):
+            self.fail("layers_to_transform", f"indices from {-num_layers} to {num_layers - 1} in this model")
+        layers = sorted({index % num_layers for index in self.layers_to_transform})
+        if len(layers) < len(self.layers_to_transform):
+            self.fail("layers_to_transform", f"different blocks; some are the same one among {num_layers}")
+        return layers
+
+    def fail(self, name: str, needed: str) -> None:
+        """Raises the error that names a field, its value and what is allowed."""
+        raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}. It must be {needed}.")
+
+    def check_int(self, name: str, low: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self.fail(name, f"an integer of at least {low}" + (" or None" if optional else ""))
+
+    def check_bool(self, name: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            self.fail(name, "True or False")
+
+    def check_fraction(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+            self.fail(name, "a number from 0 up to, but not including, 1")
+
+    def check_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            self.fail(name, "a finite number above 0")
+
+    def check_choice(self, name: str, choices: Collection[str]) -> None:
+        if getattr(self, name) not in choices:
+            self.fail(name, "one of " + ", ".join(repr(choice) for choice in choices))
+
+    def _list_of(self, name: str, kind: type) -> list | None:
+        """The field as a list, from a list, tuple, set or single value of `kind`."""
+        value = getattr(self, name)
+        if value is None:
+            return None
+        values = [value] if isinstance(value, kind) else value
+        if not isinstance(values, (list, tuple, set)) or any(
+            isinstance(item, bool) or not isinstance(item, kind) for item in values
+        ):
+            self.fail(name, f"a list of {kind.__name__} or None")
+        # Sets have no order; a saved config has to come out the same each time.
+        return sorted(values) if isinstance(values, set) else list(values)

@@ -1,0 +1,248 @@
+"""The tuner that all prompt methods share: finds the blocks, wraps them, keeps PEFT's promises."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ...backbones import Backbone, find_backbone
+from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_frozen_modules
+from .checkpoint import verify_tensors
+from .config import PromptConfig
+from .prompts import BlockLayout, Prompts
+
+
+class PromptTuner(BaseTuner):
+    """A frozen vision transformer whose blocks get prompts.
+
+    `get_peft_model(model, config)` makes one. A method subclasses it with a `prefix` of its own and `make_prompts`.
+    """
+
+    tuner_layer_cls = PromptedBlock
+    # The blocks come from the backbone records.
+    target_module_mapping: dict[str, str] = {}
+
+    @classmethod
+    def make_prompts(cls, config: PromptConfig, layout: BlockLayout, peers: list[Prompts]) -> Prompts:
+        """Makes an adapter's prompts for one block.
+
+        Args:
+            config: The adapter's config, complete with `token_dim` and `num_layers`.
+            layout: The block.
+            peers: The adapter's prompts in earlier blocks, for what blocks share.
+        """
+        raise NotImplementedError
+
+    def check_backbone(self, config: PromptConfig, backbone: Backbone) -> None:
+        """Raises `ValueError` if a method cannot work with a backbone; fills what the config needs of it."""
+
+    @classmethod
+    def make_all_prompts(cls, config: PromptConfig) -> dict[int, Prompts]:
+        """An adapter's prompts in all its blocks, by block index, without a model."""
+        made: dict[int, Prompts] = {}
+        for position, index in enumerate(config.resolved_layers(config.num_layers)):
+            made[index] = cls.make_prompts(config, BlockLayout(index, position), list(made.values()))
+        return made
+
+    def prompted_blocks(self) -> list[PromptedBlock]:
+        """The wrapped blocks, in the order of the backbone."""
+        return [module for module in self.model.modules() if isinstance(module, PromptedBlock)]
+
+    def prompts(self, adapter_name: str | None = None) -> dict[int, Prompts]:
+        """An adapter's prompts by block index; those of the active adapter if no name is given."""
+        name = adapter_name or self.active_adapters[0]
+        return {block.index: block.prompts[name] for block in self.prompted_blocks() if name in block.prompts}
+
+    def set_insertion(self, insertion: Literal["keys_values", "tokens"]) -> None:
+        """Chooses how deep prompts get into a block; both are the same function.
+
+        Args:
+            insertion: `"keys_values"` (the default) hands them to attention as extra keys and values; `"tokens"`
+                concatenates them with the tokens, runs the whole block on them and cuts their outputs off, as the
+                published implementations do.
+        """
+        if insertion not in ("keys_values", "tokens"):
+            raise ValueError(f"insertion is {insertion!r}. It must be 'keys_values' or 'tokens'.")
+        for block in self.prompted_blocks():
+            block.insertion = insertion
+
+    def train(self, mode: bool = True) -> PromptTuner:
+        """Sets the mode of prompts and heads; dropout and stochastic depth of the frozen backbone stay off."""
+        super().train(mode)
+        silence_frozen_modules(self.model)
+        return self
+
+    # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is filled in from this model stays here, so that a config can be used for several models.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.train(model.training)  # a model in training mode has its frozen dropout on until now
+
+    def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict) -> PromptConfig:
+        return peft_config  # `_prepare_model` fills it in: it needs the model itself
+
+    def _prepare_model(self, peft_config: PromptConfig, model: nn.Module) -> None:
+        """Completes the config from the model. All checks stand here, before anything is changed."""
+        backbone = find_backbone(model)
+        for name, found in (("token_dim", backbone.hidden_size), ("num_layers", backbone.num_layers)):
+            expected = getattr(peft_config, name)
+            if expected not in (None, found):
+                raise ValueError(
+                    f"Found a model with {name}={found} and an adapter made for {name}={expected}. Both must be the "
+                    f"same. Load the adapter into the model it was trained on ({peft_config.base_model_name_or_path}), "
+                    "or make a new one with a fresh config."
+                )
+            setattr(peft_config, name, found)
+        layers = peft_config.resolved_layers(backbone.num_layers)
+        if peft_config.layers_to_transform is not None:
+            peft_config.layers_to_transform = layers
+        pattern = rf"(?:.*\.)?{re.escape(backbone.record.blocks)}\.(?:{'|'.join(map(str, layers))})"
+        if peft_config.target_modules not in (None, pattern):
+            peft_config.fail("target_modules", "None: the blocks are found by the record; see layers_to_transform")
+        self.check_backbone(peft_config, backbone)
+        if peft_config.modules_to_save is None:
+            peft_config.modules_to_save = list(backbone.heads)
+        self._check_modules_to_save(peft_config, model)
+        peft_config.target_modules = pattern
+        self._backbone = backbone
+
+    @staticmethod
+    def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:
+        """Raises if a module to save is not there or has another shape than the saved one."""
+        modules = dict(model.named_modules())
+        for name in peft_config.modules_to_save:
+            found = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
+            if not found:
+                peft_config.fail("modules_to_save", f"names of modules of the model; it has no {name!r}")
+            module = found[0]
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module = module.original_module
+            for tensor_name, tensor in module.state_dict().items():
+                saved = peft_config.saved_shapes.get(f"{name}.{tensor_name}", tuple(tensor.shape))
+                if saved != tuple(tensor.shape):
+                    raise ValueError(
+                        f"Found {name}.{tensor_name} of shape {tuple(tensor.shape)} in the model and of shape {saved} "
+                        "in the adapter file. Both must be the same. Load the base model with the adapter's number "
+                        f"of labels, for example `from_pretrained(…, num_labels={saved[0]})`."
+                    )
+
+    def _create_and_replace(
+        self,
+        peft_config: PromptConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        index = int(target_name)
+        self._wrap_blocks(range(self._backbone.num_layers) if not peft_config.deep else [index])
+        block = next(block for block in self.prompted_blocks() if block.index == index)
+        position = peft_config.resolved_layers(self._backbone.num_layers).index(index)
+        layout = BlockLayout(index, position, self._backbone.patch_size, self._backbone.num_prefix_tokens)
+        prompts = self.make_prompts(peft_config, layout, list(self.prompts(adapter_name).values()))
+        if not peft_config.init_weights:
+            prompts.randomize()
+        block.update_layer(adapter_name, prompts)
+        if adapter_name not in self.active_adapters:
+            prompts.requires_grad_(False)
+
+    def _wrap_blocks(self, indices: range | list[int]) -> None:
+        """Wraps blocks that are not wrapped yet. Shallow prompts need all of them: they pass through each."""
+        backbone = self._backbone
+        blocks = self.model.get_submodule(f"{backbone.root}.{backbone.record.blocks}".lstrip("."))
+        for index in indices:
+            if not isinstance(blocks[index], PromptedBlock):
+                blocks[index] = PromptedBlock(blocks[index], index, backbone, self.prefix)
+                blocks[index].set_adapter(self.active_adapters)
+        for block in self.prompted_blocks():
+            if block.index > 0 and isinstance(blocks[0], PromptedBlock):
+                block._first = [blocks[0]]
+
+    # What PEFT's defaults get wrong for a block
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version looks for the weight of a linear layer.
+        setattr(parent, child_name, child.release() if isinstance(child, PromptedBlock) else new_module)
+
+    def unload(self) -> nn.Module:
+        """Takes all prompts and heads out again and returns the base model as it was."""
+        training = self.model.training
+        return super().unload().train(training)
+
+    def _check_merge_allowed(self) -> None:
+        raise_merge_error()
+
+    def unmerge_adapter(self) -> None:
+        raise_merge_error()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT takes the name only for the last or the last but one part of a key; modules in prompts nest deeper.
+        return re.sub(
+            rf"(\.{cls.prefix}prompts)\.{re.escape(adapter_name)}(?=\.)", lambda match: match[1], key, count=1
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PromptConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        verify_tensors(config, state_dict)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names`, the adapter of each image of a batch, to blocks and heads for one forward pass."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `model.eval()`.")
+        unknown = set(adapter_names) - self.peft_config.keys() - {BASE_ADAPTER}
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. The model has "
+                f"{', '.join(sorted(self.peft_config))}; {BASE_ADAPTER!r} stands for no adapter."
+            )
+        images = args[0] if args else kwargs.get("pixel_values")
+        if images is not None and len(images) != len(adapter_names):
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {len(images)} respectively."
+            )
+        hook = partial(_pass_adapter_names, adapter_names=list(adapter_names))
+        handles = [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, (PromptedBlock, AuxiliaryTrainingWrapper))
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}

@@ -1,0 +1,139 @@
+"""Whitening matrices of a backbone's blocks, the starting point of BPT's basis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .model import BPTModel
+
+
+Estimate = Literal["tokens", "image_mean"]
+
+
+def whitening_matrix(covariance: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
+    """U·S^(−1/2)·Vᵀ of the singular value decomposition of a covariance (BPT, arXiv 2506.22908, section 3.2).
+
+    Args:
+        covariance: `(D, D)`.
+        floor: Singular values below this fraction of the largest one are raised to it, so that directions the data do
+            not have are not blown up. 0 gives the published formula, which divides by zero on them.
+
+    Returns:
+        `(D, D)`, in the dtype of the covariance.
+    """
+    left, values, right = torch.linalg.svd(covariance.double())
+    values = values.clamp(min=floor * values[0])
+    return (left * values.rsqrt() @ right).to(covariance.dtype)
+
+
+class WhiteningStatistics:
+    """Sums up, image by image, the covariance that a block's whitening needs.
+
+    With X `(T, D)` a block's input for one image and M = W_q·W_kᵀ·Xᵀ `(D, T)`, the covariance is M·Mᵀ/D.
+
+    Args:
+        query_weight: W_q `(D, D)`, as `torch.nn.Linear` stores it.
+        key_weight: W_k `(D, D)`.
+        estimate: `"tokens"` takes the mean of M·Mᵀ/D over the images, so that every token of every image counts.
+            `"image_mean"` is the published estimate: M is averaged over the images first. With T < D it has rank T at
+            most.
+    """
+
+    def __init__(self, query_weight: torch.Tensor, key_weight: torch.Tensor, estimate: Estimate = "tokens"):
+        if estimate not in get_args(Estimate):
+            raise ValueError(f"estimate is {estimate!r}. It must be one of {', '.join(get_args(Estimate))}.")
+        # Sums over many tokens of squares: float64, or the small singular values are rounding noise.
+        self.product = query_weight.double() @ key_weight.double().T
+        self.estimate = estimate
+        self.total = 0.0
+        self.num_images = 0
+
+    def update(self, block_inputs: torch.Tensor) -> None:
+        """Adds the inputs of the block for some images, `(B, T, D)`."""
+        mapped = self.product @ block_inputs.double().mT
+        self.total = self.total + (mapped @ mapped.mT if self.estimate == "tokens" else mapped).sum(dim=0)
+        self.num_images += len(block_inputs)
+
+    def covariance(self) -> torch.Tensor:
+        """The covariance `(D, D)` of the images seen so far."""
+        mean = self.total / self.num_images
+        if self.estimate == "image_mean":
+            mean = mean @ mean.T
+        return mean / self.product.shape[0]
+
+
+@torch.no_grad()
+def initialize_whitening(
+    model: PeftModel | BPTModel,
+    batches: Iterable[Mapping[str, Any] | torch.Tensor],
+    num_images: int = 100,
+    adapter_name: str | None = None,
+    estimate: Estimate = "tokens",
+    floor: float = 1e-6,
+) -> None:
+    """Sets the basis of a BPT adapter to the whitening matrices of its blocks, from training images.
+
+    The images run through the base model without prompts; labels are not used.
+
+    Args:
+        model: A model with a BPT adapter whose `basis` is `"fwhiten"` or `"twhiten"`.
+        batches: Batches of `pixel_values` `(B, C, H, W)` or mappings that hold them, such as a dataloader.
+        num_images: Images to use, 100 in the paper; fewer if the batches end before.
+        adapter_name: The adapter; the active one if None.
+        estimate: See `WhiteningStatistics`.
+        floor: See `whitening_matrix`. The published estimate goes with 0.
+
+    Raises:
+        ValueError: If the adapter has no whitened basis, or the batches hold no image.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    prompts = tuner.prompts(adapter_name) if isinstance(tuner, BPTModel) else {}
+    if not prompts or any(p.basis == "bilinear" for p in prompts.values()):
+        raise ValueError(
+            f"Found no whitened basis in adapter {adapter_name or tuner.active_adapters[0]!r} of a "
+            f"{type(tuner).__name__}. Whitening needs BPTConfig(basis='fwhiten' or 'twhiten'). Make the adapter with "
+            "one of them, or leave this call out."
+        )
+    blocks = {block.index: block for block in tuner.prompted_blocks() if block.index in prompts}
+    statistics = {
+        index: WhiteningStatistics(block.attention.q_proj.weight, block.attention.k_proj.weight, estimate)
+        for index, block in blocks.items()
+    }
+    handles = [block.register_forward_pre_hook(_Collect(statistics[index])) for index, block in blocks.items()]
+    enabled = [block for block in tuner.prompted_blocks() if not block.disable_adapters]
+    training, device = tuner.training, next(tuner.model.parameters()).device
+    try:
+        tuner.eval()
+        for block in enabled:
+            block._disable_adapters = True  # leaves `requires_grad` alone, which `enable_adapters` does not
+        for batch in batches:
+            pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
+            tuner.model(pixel_values=pixel_values[: max(num_images, 0)].to(device))
+            num_images -= len(pixel_values)
+            if num_images <= 0:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in enabled:
+            block._disable_adapters = False
+        tuner.train(training)
+    if not all(s.num_images for s in statistics.values()):
+        raise ValueError("Found no images in the batches. Whitening needs at least one. Pass a dataloader.")
+    for index, block_prompts in prompts.items():
+        block_prompts.set_basis(whitening_matrix(statistics[index].covariance(), floor))
+
+
+class _Collect:
+    """Forward pre-hook that hands a block's input to its statistics."""
+
+    def __init__(self, statistics: WhiteningStatistics):
+        self.statistics = statistics
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.statistics.update(args[0])

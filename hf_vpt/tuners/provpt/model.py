@@ -1,0 +1,81 @@
+"""The tuner of PRO-VPT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base import BlockLayout, PromptTuner
+from .allocation import AllocationPolicy, PPOAllocation, ThompsonAllocation
+from .config import PROVPTConfig
+from .prompts import PROVPTPrompts
+from .relocation import PromptScores, Relocation, Relocator, ScoreRecorder
+
+
+POLICIES: dict[str, Callable[[int, int], AllocationPolicy]] = {"ppo": PPOAllocation, "thompson": ThompsonAllocation}
+
+
+class PROVPTModel(PromptTuner):
+    """A frozen vision transformer with a pool of prompts that move between its blocks. See `PROVPTConfig`."""
+
+    prefix = "hfvpt_provpt_"
+
+    @classmethod
+    def make_prompts(cls, config: PROVPTConfig, layout: BlockLayout, peers: list[PROVPTPrompts]) -> PROVPTPrompts:
+        return PROVPTPrompts(config, layout, peers)
+
+    def distribution(self, adapter_name: str | None = None) -> dict[int, int]:
+        """Number of prompts that serve each block now, by block index."""
+        return {index: len(prompts.rows()) for index, prompts in self.prompts(adapter_name).items()}
+
+    def record_scores(self, adapter_name: str | None = None) -> ScoreRecorder:
+        """A recorder of idleness scores for a loop of one's own. See `ScoreRecorder`."""
+        config = self.peft_config[adapter_name or self.active_adapters[0]]
+        head = [
+            parameter for name in config.modules_to_save for parameter in self.model.get_submodule(name).parameters()
+        ]
+        return ScoreRecorder(self.prompted_blocks(), self.prompts(adapter_name), head, config.score, config.score_clip)
+
+    def score_prompts(
+        self,
+        batches: Iterable[Mapping[str, Any]],
+        adapter_name: str | None = None,
+        compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+    ) -> PromptScores:
+        """Scores how idle each prompt is, in one pass over the training data that updates nothing.
+
+        Args:
+            batches: Batches as the model takes them, with `pixel_values` and `labels`; moved to the model's device.
+            adapter_name: The adapter; the active one if None.
+            compute_loss: Mean loss of a batch from the model and the batch; the model's own loss if None.
+        """
+        device = next(self.model.parameters()).device
+        with self.record_scores(adapter_name) as recorder:
+            for batch in batches:
+                batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+                with torch.enable_grad():
+                    loss = self.model(**batch).loss if compute_loss is None else compute_loss(self.model, batch)
+                recorder.add(loss, len(batch["pixel_values"]))
+        return recorder.result()
+
+    def relocate(self, scores: PromptScores, adapter_name: str | None = None) -> Relocation:
+        """Moves the most idle prompt to the block that the adapter's policy names; to be called before each epoch.
+
+        Args:
+            scores: The result of `score_prompts` or of a recorder, for the present weights.
+            adapter_name: The adapter; the active one if None.
+
+        Returns:
+            What was done. The policy and what it learned stay with this tuner.
+        """
+        name = adapter_name or self.active_adapters[0]
+        pool = list(self.prompts(name).values())
+        relocators: dict[str, Relocator] = self.__dict__.setdefault("_relocators", {})
+        if name not in relocators:
+            config = self.peft_config[name]
+            policy = POLICIES[config.allocation](len(pool), config.allocation_seed)
+            relocators[name] = Relocator(policy, config.relocation_warmup, config.relocation_scale)
+        return relocators[name].step(pool, scores)

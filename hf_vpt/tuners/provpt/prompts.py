@@ -1,0 +1,88 @@
+"""The prompts of PRO-VPT: a pool that blocks draw from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..base import BlockLayout, StaticPrompts
+from ..base.prompts import vpt_uniform_
+from .config import PROVPTConfig
+
+
+class PROVPTPrompts(StaticPrompts):
+    """The N rows of the pool that started in one block, and the rows of the whole pool that serve it now.
+
+    Prompts never move in memory. Each block keeps its rows for ever and the buffer `block` `(N,)` says which block
+    each of them serves, so shapes never change and an optimizer's state stays with its prompt.
+
+    Args:
+        config: The adapter's config.
+        layout: The block.
+        peers: Prompts of the adapter in earlier blocks.
+    """
+
+    def __init__(self, config: PROVPTConfig, layout: BlockLayout, peers: list[PROVPTPrompts]):
+        super().__init__(config.num_virtual_tokens, config.prompt_dropout)
+        self.index = layout.index
+        self.prompt_embeddings = nn.Parameter(torch.empty(config.num_virtual_tokens, config.token_dim))
+        vpt_uniform_(self.prompt_embeddings, layout.patch_size)
+        self.register_buffer("block", torch.full((config.num_virtual_tokens,), layout.index))
+        # The same numbers for Python: reading the buffer in a forward pass would wait for the device.
+        self.serves = [layout.index] * config.num_virtual_tokens
+        # One list for the whole pool; torch does not look into lists, so rows are saved once, with their own block.
+        self.pool: list[PROVPTPrompts] = peers[0].pool if peers else []
+        self.pool.append(self)
+        self._slices: list[tuple[int, int, int]] | None = None
+        for prompts in self.pool:
+            prompts._slices = None
+
+    def rows(self) -> list[tuple[int, int]]:
+        """The rows that serve this block: position of their owner in the pool and row, in the order of `table`."""
+        return [(owner, row) for owner, start, stop in self._find_slices() for row in range(start, stop)]
+
+    def table(self) -> torch.Tensor:
+        slices = self._find_slices()
+        if slices == [(self.pool.index(self), 0, len(self.serves))]:
+            return self.prompt_embeddings
+        parts = [self.pool[owner].prompt_embeddings[start:stop] for owner, start, stop in slices]
+        return torch.cat(parts) if parts else self.prompt_embeddings[:0]
+
+    def _find_slices(self) -> list[tuple[int, int, int]]:
+        """Runs of neighbouring rows that serve this block: owner, first row, row after the last."""
+        if self._slices is None:
+            self._slices = []
+            for owner, prompts in enumerate(self.pool):
+                for row, block in enumerate(prompts.serves):
+                    if block != self.index:
+                        continue
+                    if self._slices and self._slices[-1][0] == owner and self._slices[-1][2] == row:
+                        self._slices[-1] = (owner, self._slices[-1][1], row + 1)
+                    else:
+                        self._slices.append((owner, row, row + 1))
+        return self._slices
+
+    def _set_serves(self, serves: list[int]) -> None:
+        unknown = sorted(set(serves) - {prompts.index for prompts in self.pool})
+        if unknown:
+            raise ValueError(
+                f"Found prompts that serve the blocks {unknown}. The pool of this adapter spans the blocks "
+                f"{[prompts.index for prompts in self.pool]}. The file and its config must come from the same adapter."
+            )
+        self.serves = serves
+        for prompts in self.pool:
+            prompts._slices = None
+
+    @torch.no_grad()
+    def move(self, row: int, block: int, scale: float) -> None:
+        """Lets a row of this block's share serve another block, scaled down."""
+        self.prompt_embeddings[row] *= scale
+        self.block[row] = block
+        self._set_serves(self.block.tolist())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}block" in state_dict:
+            self._set_serves(state_dict[f"{prefix}block"].tolist())

@@ -1,0 +1,17 @@
+"""The tuner of VPT."""
+
+from __future__ import annotations
+
+from ..base import BlockLayout, PromptTuner
+from .config import VPTConfig
+from .prompts import VPTPrompts
+
+
+class VPTModel(PromptTuner):
+    """A frozen vision transformer with learned prompts in its blocks. See `VPTConfig`."""
+
+    prefix = "hfvpt_vpt_"
+
+    @classmethod
+    def make_prompts(cls, config: VPTConfig, layout: BlockLayout, peers: list[VPTPrompts]) -> VPTPrompts:
+        return VPTPrompts(config, layout, owner=peers[0] if peers else None)
