@@ -38,9 +38,9 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in four ways: the loss is `ClassificationLoss`; learning rates may scale
-    with the batch; the head may have a learning rate and weight decay of its own; and every checkpoint of an adapter
-    holds the names of the classes (`id2label.json`).
+    It differs from `transformers.Trainer` in five ways: the loss is `ClassificationLoss`; learning rates may scale
+    with the batch; the head may have a learning rate and weight decay of its own; every checkpoint of an adapter
+    holds the names of the classes (`id2label.json`); and checkpoints of whole models are restored completely.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -87,3 +87,26 @@ class ImageClassificationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
             save_label_names(model, output_dir or self.args.output_dir)
+
+    # Transformers saves a model's weights under the names of the original release (`vit.encoder.layer.0…`) where its
+    # own code has newer ones (`vit.layers.0…`). Trainer loads a checkpoint by name and passes over what it does not
+    # find, so a whole model would keep the weights of its last step, with the head of the best epoch.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        if self._is_whole_model():
+            self._restore_weights(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._is_whole_model():
+            self._restore_weights(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _is_whole_model(self) -> bool:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return isinstance(self.model, transformers.PreTrainedModel) and not sharded
+
+    def _restore_weights(self, folder: str) -> None:
+        saved = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())

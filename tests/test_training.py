@@ -1,0 +1,383 @@
+"""Training does what its settings say: losses, learning rates, frozen parts, the best epoch, files."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image as PILImage
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+
+from hf_vpt.training import (
+    Accuracy,
+    ClassificationLoss,
+    ImageClassificationTrainer,
+    MeanClassAccuracy,
+    ModelArguments,
+    TrainingArguments,
+    build_trainer,
+    count_trained_parameters,
+    load_classifier,
+    load_label_names,
+    parse_arguments,
+    prepare_for_training,
+    train_classifier,
+)
+from hf_vpt.training.models import head_parameters
+
+
+CLASSES = ["cat", "dog", "emu"]
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    """Folder of a tiny pre-trained backbone: two blocks, images of 16 by 24 pixels, dropout everywhere."""
+    folder = tmp_path_factory.mktemp("backbone")
+    set_seed(0)
+    config = ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=[16, 24],
+        patch_size=8,
+        hidden_dropout_prob=0.5,
+        attention_probs_dropout_prob=0.5,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 24}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folder of a data set with three classes that differ in their grey value; 24, 12 and 12 images."""
+    folder = tmp_path_factory.mktemp("images")
+    features = Features({"image": Image(), "label": ClassLabel(names=CLASSES)})
+    generator = np.random.default_rng(0)
+
+    def split(num_images):
+        labels = [index % len(CLASSES) for index in range(num_images)]
+        pixels = [(100 * label + generator.integers(0, 40, (16, 24))).astype(np.uint8) for label in labels]
+        return Dataset.from_dict(
+            {"image": [PILImage.fromarray(p) for p in pixels], "label": labels}, features=features
+        )
+
+    DatasetDict(train=split(24), validation=split(12), test=split(12)).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(backbone, images, tmp_path):
+    """Parse settings for a short run on the tiny backbone and data; options are added to them."""
+
+    def parse(method, *options):
+        common = (
+            f"--method {method} --model_name_or_path {backbone} --dataset_name {images} --output_dir {tmp_path}/out"
+        )
+        common += (
+            " --use_cpu --disable_tqdm=1 --per_device_train_batch_size 8 --num_train_epochs 2 --learning_rate 0.01"
+        )
+        return parse_arguments([*common.split(), *options])
+
+    return parse
+
+
+@pytest.fixture
+def lora_model(backbone):
+    """The tiny backbone with an adapter of PEFT's own, so that a failure here is not one of the prompts."""
+    set_seed(0)
+    model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"], init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def tensors(num_images=8):
+    generator = torch.Generator().manual_seed(0)
+    labels = [index % len(CLASSES) for index in range(num_images)]
+    return [{"pixel_values": torch.randn(3, 16, 24, generator=generator), "labels": label} for label in labels]
+
+
+def make_trainer(model, folder, train=None, **kwargs):
+    own = {name: kwargs.pop(name) for name in ("callbacks", "compute_metrics") if name in kwargs}
+    arguments = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False} | kwargs
+    arguments = TrainingArguments(output_dir=str(folder), use_cpu=True, disable_tqdm=True, **arguments)
+    data = train or tensors()
+    return ImageClassificationTrainer(model=model, args=arguments, train_dataset=data, eval_dataset=tensors(), **own)
+
+
+def trained_state(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def assert_same(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_metrics_agree_with_scikit_learn():
+    generator = np.random.default_rng(0)
+    references = generator.integers(0, 5, 200) ** 2 // 4
+    predictions = generator.integers(0, 5, 200)
+    accuracy = Accuracy().compute(predictions=predictions, references=references)["accuracy"]
+    assert accuracy == pytest.approx(accuracy_score(references, predictions))
+    per_class = MeanClassAccuracy().compute(predictions=predictions, references=references)["mean_class_accuracy"]
+    assert per_class == pytest.approx(balanced_accuracy_score(references, predictions))
+
+
+def test_loss_of_a_whole_step_is_the_mean_over_its_images():
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    loss = ClassificationLoss()
+    parts = [loss({"logits": logits[i : i + 2]}, labels[i : i + 2], num_items_in_batch=6) for i in (0, 2, 4)]
+    torch.testing.assert_close(sum(parts), loss({"logits": logits}, labels))
+    # Two GPUs in one process: each is told three, in a tensor with one row a GPU.
+    torch.testing.assert_close(loss({"logits": logits}, labels, torch.tensor([[3], [3]])), sum(parts))
+
+
+def test_label_smoothing_is_for_training_alone():
+    logits, labels = torch.tensor([[100.0, 0.0, 0.0]]), torch.tensor([0])
+    loss = ClassificationLoss(label_smoothing=0.3)
+    assert loss({"logits": logits}, labels).item() == pytest.approx(0.0, abs=1e-6)
+    assert loss({"logits": logits}, labels, num_items_in_batch=1).item() == pytest.approx(20.0)
+
+
+def test_accumulated_batches_equal_one_large_batch(lora_model, tmp_path):
+    # Regression: a loss that ignores num_items_in_batch makes gradients as many times too large as batches accumulate.
+    for module in lora_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    lora_model.base_model.model.config.attention_probs_dropout_prob = 0.0
+    for module in lora_model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        model = copy.deepcopy(lora_model)
+        make_trainer(
+            model,
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+        ).train()
+        results.append(trained_state(model))
+    assert_same(results[1], results[0], rtol=1e-4, atol=1e-6)
+    assert any(not torch.equal(value, results[0][name]) for name, value in trained_state(lora_model).items())
+
+
+class RecordLearningRate(TrainerCallback):
+    """Note the learning rate of each optimiser step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def test_learning_rate_climbs_for_the_warm_up_epochs_and_then_follows_a_cosine(lora_model, tmp_path):
+    recorder = RecordLearningRate()
+    make_trainer(
+        lora_model,
+        tmp_path,
+        per_device_train_batch_size=2,
+        num_train_epochs=6,
+        warmup_epochs=2,
+        learning_rate=0.5,
+        callbacks=[recorder],
+    ).train()
+    # Four steps an epoch; the rate at the start of each epoch.
+    at_epoch = recorder.rates[::4]
+    expected = [0.0, 0.25, 0.5] + [0.25 * (1 + math.cos(math.pi * epoch / 4)) for epoch in (1, 2, 3)]
+    assert at_epoch == pytest.approx(expected)
+
+
+def test_learning_rates_scale_with_the_batch_where_asked(lora_model, tmp_path):
+    trainer = make_trainer(
+        lora_model,
+        tmp_path,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=2,
+        scale_learning_rate=True,
+        learning_rate=1.0,
+        head_learning_rate=0.1,
+    )
+    rates = {group["lr"] for group in trainer.create_optimizer().param_groups}
+    assert rates == {0.5, 0.05}
+
+
+def test_sgd_with_momentum_is_reached_by_settings(lora_model, tmp_path):
+    optimizer = make_trainer(lora_model, tmp_path, optim="sgd", optim_args="momentum=0.9").create_optimizer()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.9
+
+
+def test_head_has_its_own_learning_rate_and_weight_decay(lora_model, tmp_path):
+    trainer = make_trainer(
+        lora_model, tmp_path, learning_rate=0.1, weight_decay=0.0, head_learning_rate=0.2, head_weight_decay=0.5
+    )
+    groups = trainer.create_optimizer().param_groups
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    head = lora_model.base_model.model.classifier.modules_to_save["default"]
+    assert found.pop(id(head.weight)) == (0.2, 0.5)
+    assert found.pop(id(head.bias)) == (0.2, 0.0)
+    assert set(found.values()) == {(0.1, 0.0)}
+    assert len(found) + 2 == sum(parameter.requires_grad for parameter in lora_model.parameters())
+
+
+class RecordEpochs(TrainerCallback):
+    """Keep a copy of what trains after each epoch."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self.states.append(trained_state(model))
+
+
+@pytest.mark.parametrize("kind", ["adapter", "whole model"])
+def test_best_epoch_is_restored_with_its_head(lora_model, backbone, tmp_path, kind):
+    # Regression: Trainer restored the head of a whole ViT alone, because checkpoints name the blocks differently.
+    model = lora_model
+    if kind == "whole model":
+        model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
+    scores = iter([0.1, 0.9, 0.5])
+    recorder = RecordEpochs()
+    make_trainer(
+        model,
+        tmp_path,
+        num_train_epochs=3,
+        learning_rate=0.1,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        compute_metrics=lambda prediction: {"accuracy": next(scores)},
+        callbacks=[recorder],
+    ).train()
+    assert_same(trained_state(model), recorder.states[1], rtol=0, atol=0)
+    assert not torch.equal(*(list(recorder.states[epoch].values())[-1] for epoch in (1, 2)))
+
+
+def test_fresh_head_knows_the_names_of_the_classes(backbone):
+    model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "emu"}
+    assert model.config.label2id["emu"] == 2
+    assert model.dtype == torch.float32
+
+
+def test_linear_probe_trains_the_head_alone_and_without_dropout(backbone):
+    model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
+    model = prepare_for_training(model, "linear_probe")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+    expected = {"trained_parameters": (WIDTH + 1) * len(CLASSES), "trained_parameters_without_head": 0}
+    assert count_trained_parameters(model) == expected
+    model.train()
+    pixels = torch.randn(2, 3, 16, 24)
+    # The backbone drops half of everything in training mode, so equal outputs mean evaluation mode.
+    assert torch.equal(model(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+def test_full_fine_tuning_trains_everything(backbone):
+    model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
+    model = prepare_for_training(model, "full")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_head_parameters_of_an_adapter_are_the_trained_copies(lora_model):
+    head = lora_model.base_model.model.classifier.modules_to_save["default"]
+    assert [id(parameter) for parameter in head_parameters(lora_model)] == [id(p) for p in head.parameters()]
+
+
+@pytest.mark.parametrize("method", ["vpt", "linear_probe"])
+def test_run_learns_and_leaves_everything_needed_to_use_it(settings, tmp_path, method):
+    run = settings(method, "--num_train_epochs", "20", "--head_learning_rate", "0.1")
+    results = train_classifier(run)
+    assert results["test_accuracy"] > 0.9
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"metrics.json", "preprocessor_config.json"} <= files
+    assert files >= ({"adapter_model.safetensors", "id2label.json"} if method == "vpt" else {"model.safetensors"})
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written == results
+    assert written["label_names"] == CLASSES
+    assert 1 <= written["best_epoch"] <= 20
+    assert written["num_images"] == {"train": 24, "validation": 12, "test": 12}
+
+
+def test_saved_adapter_predicts_as_the_trained_model_with_its_class_names(settings, tmp_path):
+    run = settings("vpt")
+    trainer, data = build_trainer(run)
+    trainer.train()
+    expected = trainer.predict(data["test"]).predictions
+    trainer.save_model()
+
+    names = load_label_names(tmp_path / "out")
+    assert names == CLASSES
+    set_seed(123)
+    model = PeftModel.from_pretrained(load_classifier(run.model, names), tmp_path / "out").eval()
+    pixels = torch.stack([data["test"][index]["pixel_values"] for index in range(len(data["test"]))])
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values=pixels).logits, torch.from_numpy(expected))
+    assert model.config.id2label[2] == "emu"
+
+
+def test_test_split_is_looked_at_once_and_after_training(settings, monkeypatch):
+    seen = []
+    original = ImageClassificationTrainer.evaluation_loop
+
+    def record(self, dataloader, *args, **kwargs):
+        seen.append((self.state.global_step, kwargs.get("metric_key_prefix")))
+        return original(self, dataloader, *args, **kwargs)
+
+    monkeypatch.setattr(ImageClassificationTrainer, "evaluation_loop", record)
+    train_classifier(settings("linear_probe"))
+    # Three steps an epoch.
+    assert seen == [(3, "eval"), (6, "eval"), (6, "validation"), (6, "test")]
+
+
+@pytest.mark.parametrize("method", ["vpt", "full"])
+def test_resumed_run_ends_where_an_uninterrupted_one_ends(settings, tmp_path, method):
+    final = []
+    for interrupted in (False, True):
+        folder = str(tmp_path / f"interrupted_{interrupted}")
+        options = ["--output_dir", folder, "--no_load_best_model_at_end"]
+        if interrupted:
+            trainer, _ = build_trainer(settings(method, *options))
+            trainer.add_callback(StopAfterFirstEpoch())
+            trainer.train()
+            options += ["--resume_from_checkpoint", "last"]
+        train_classifier(settings(method, *options))
+        (weights,) = (tmp_path / f"interrupted_{interrupted}").glob("*model.safetensors")
+        final.append(weights.read_bytes())
+    assert final[0] == final[1]
+
+
+class StopAfterFirstEpoch(TrainerCallback):
+    """End training early, as a kill after the first checkpoint would."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_resuming_without_a_checkpoint_is_an_error_that_names_the_folder(settings):
+    with pytest.raises(FileNotFoundError, match="out' holds no checkpoint.*resume_from_checkpoint"):
+        train_classifier(settings("linear_probe", "--resume_from_checkpoint", "last"))
+
+
+def test_same_seed_gives_the_same_result(settings):
+    first, second = (train_classifier(settings("vpt", "--seed", "5")) for _ in range(2))
+    for results in (first, second):
+        del results["train_seconds"]
+    assert first == second
