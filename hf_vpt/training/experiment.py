@@ -96,6 +96,9 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
             test_fraction=data_args.test_fraction,
             seed=data_args.split_seed,
         )
+    if training_args.ddp_find_unused_parameters is None and model_args.method != "full":
+        # All that trains takes part in every step, so processes need not search for what does not.
+        training_args.ddp_find_unused_parameters = False
     processor = load_image_processor(model_args)
     model = load_classifier(model_args, data["train"].features["label"].names)
     model = prepare_for_training(model, model_args.method, peft_config)
