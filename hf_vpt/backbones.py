@@ -120,7 +120,7 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"Prompts need one of these families: {', '.join(sorted(BACKBONES))}. To add another one, put a "
             "`BackboneRecord` with the paths of its blocks, norm and attention into `hf_vpt.backbones.BACKBONES`."
         )
-    # A wrapped block is called `layers.0` still, and what it wraps `layers.0.base_layer`, so the pattern finds it once.
+    # A wrapped block keeps its name and what it wraps is called `<name>.base_layer`, so the pattern finds it once.
     names = [name for name, _ in model.named_modules() if re.fullmatch(record.block_pattern, name)]
     roots = sorted({name.rpartition(f"{record.blocks}.")[0].rstrip(".") for name in names})
     if len(roots) != 1:

@@ -99,8 +99,8 @@ class PromptTuner(BaseTuner):
             expected = getattr(peft_config, name)
             if expected not in (None, found):
                 raise ValueError(
-                    f"Found a model with {name}={found} and an adapter made for {name}={expected}. Both must be the "
-                    f"same. Load the adapter into the model it was trained on ({peft_config.base_model_name_or_path}), "
+                    f"Found a model with {name}={found} and an adapter made for {name}={expected}. Both must be "
+                    f"the same. Load it into the model it was trained on ({peft_config.base_model_name_or_path}), "
                     "or make a new one with a fresh config."
                 )
             setattr(peft_config, name, found)

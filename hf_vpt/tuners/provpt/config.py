@@ -50,9 +50,7 @@ class PROVPTConfig(PromptConfig):
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prompts in a block at the start."})
     prompt_dropout: float = field(default=0.1, metadata={"help": "Dropout on the prompts while training."})
     score: Score = field(default="gate", metadata={"help": "How idle a prompt is."})
-    score_clip: float | None = field(
-        default=0.25, metadata={"help": "Clipping of a batch's scores and head gradients."}
-    )
+    score_clip: float | None = field(default=0.25, metadata={"help": "Total norm that gradients are clipped to."})
     allocation: Allocation = field(default="ppo", metadata={"help": "Policy that names the block for a prompt."})
     allocation_seed: int = field(default=0, metadata={"help": "Seed of the policy."})
     relocation_warmup: int = field(default=1, metadata={"help": "Epochs before the first move."})

@@ -121,6 +121,6 @@ class AdaptivePrompts(Prompts):
         if (height, width) != self.pooling.grid:
             expected = " × ".join(map(str, self.pooling.grid))
             raise ValueError(
-                f"Found an image with a grid of {height} × {width} patches. This VAPT adapter was made for {expected}. "
+                f"Found an image of {height} × {width} patches. This VAPT adapter was made for {expected}. "
                 "Give images of the size it was trained on, or train one with VAPTConfig(grid=[rows, columns])."
             )
