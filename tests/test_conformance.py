@@ -176,7 +176,7 @@ def check_whitening(folder: Path, case: dict, tensors: dict[str, torch.Tensor]) 
     on_resolved = [resolved.T @ matrix @ resolved for matrix in (found, expected)]
     assert_close(*on_resolved, 1e-4, "whitening matrix, resolved directions")
     inverses = [torch.linalg.inv(matrix) for matrix in (found, expected)]
-    assert_close(*(inverse @ inverse for inverse in inverses), 1e-5, "inverse square of the whitening matrix")
+    assert_close(*(inverse @ inverse for inverse in inverses), 1e-4, "inverse square of the whitening matrix")
 
 
 def check_ppo(folder: Path, case: dict, tensors: dict[str, torch.Tensor]) -> None:
