@@ -99,9 +99,12 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
     if training_args.ddp_find_unused_parameters is None and model_args.method != "full":
         # All that trains takes part in every step, so processes need not search for what does not.
         training_args.ddp_find_unused_parameters = False
+    if training_args.device.type == "cpu":
+        # Pinned memory only speeds up copies to an accelerator, and PyTorch warns where there is none.
+        training_args.dataloader_pin_memory = False
     processor = load_image_processor(model_args)
     model = load_classifier(model_args, data["train"].features["label"].names)
-    model = prepare_for_training(model, model_args.method, peft_config)
+    model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 
     plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
     data = DatasetDict(

@@ -66,7 +66,7 @@ def load_image_processor(model_args: ModelArguments) -> BaseImageProcessor:
 
 
 def prepare_for_training(
-    model: PreTrainedModel, method: str, peft_config: PeftConfig | None = None
+    model: PreTrainedModel, method: str, peft_config: PeftConfig | None = None, revision: str | None = None
 ) -> PreTrainedModel | PeftModel:
     """Choose what trains: an adapter and the head, the head alone, or everything.
 
@@ -74,12 +74,13 @@ def prepare_for_training(
         model: A classifier from `load_classifier`. It is changed in place.
         method: A prompt method, `"linear_probe"` or `"full"`.
         peft_config: Configuration of the prompt method; None for the two baselines.
+        revision: Branch, tag or commit that the backbone came from, recorded in the adapter's configuration.
 
     Returns:
         A `PeftModel` around `model` for a prompt method, else `model`.
     """
     if peft_config is not None:
-        return get_peft_model(model, peft_config)
+        return get_peft_model(model, peft_config, revision=revision)
     if method == "linear_probe":
         head = {id(parameter) for parameter in head_parameters(model)}
         for parameter in model.parameters():
