@@ -60,7 +60,8 @@ class GridPooling(nn.Module):
             weight = nn.functional.conv_transpose2d(maps, self.kernel, padding=self.padding).flatten(1)
         pooled = weight @ patches
         if self.training and self.dropout.p > 0:
-            pooled = pooled * self.dropout(pooled.new_ones(pooled.shape[0], pooled.shape[2], 1, 1)).mT.flatten(1, 2)
+            channels = pooled.new_ones(pooled.shape[0], pooled.shape[2], 1, 1)
+            pooled = pooled * self.dropout(channels).flatten(2).mT
         return pooled + self.mix.bias[:, None]
 
 
