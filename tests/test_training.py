@@ -175,6 +175,16 @@ def test_accumulated_batches_equal_one_large_batch(lora_model, tmp_path):
     assert any(not torch.equal(value, results[0][name]) for name, value in trained_state(lora_model).items())
 
 
+def test_whitened_bases_are_estimated_before_training(settings):
+    run = settings("bpt", "--basis", "fwhiten", "--rank", "4")
+    trainer, _ = build_trainer(run)
+    bases = {name: value.clone() for name, value in trainer.model.state_dict().items() if "factor_basis" in name}
+    # A basis that was left alone would raise here; a fixed one stays where the images put it.
+    trainer.train()
+    assert len(bases) == 2
+    assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in bases.items())
+
+
 class RecordLearningRate(TrainerCallback):
     """Note the learning rate of each optimiser step."""
 

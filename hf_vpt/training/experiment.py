@@ -8,11 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data import ImageTransform, collate_images, load_image_dataset
+from ..tuners.bpt import initialize_whitening
+from .arguments import TrainingArguments
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
@@ -20,6 +23,8 @@ from .trainer import ImageClassificationTrainer
 
 
 METRICS_FILE = "metrics.json"
+# Images from which BPT estimates its whitened bases, as many as in the paper (arXiv 2506.22908).
+NUM_WHITENING_IMAGES = 100
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -107,6 +112,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
     model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 
     plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
+    whitening_images = data["train"].with_transform(plain)
     data = DatasetDict(
         {split: images.with_transform(augmented if split == "train" else plain) for split, images in data.items()}
     )
@@ -120,7 +126,16 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
         compute_metrics=ComputeMetrics(),
         callbacks=_callbacks(model_args.method),
     )
+    # After the trainer has moved the model to its device.
+    if model_args.method == "bpt" and peft_config.basis != "bilinear":
+        initialize_whitening(model, _whitening_batches(whitening_images, training_args), NUM_WHITENING_IMAGES)
     return trainer, data
+
+
+def _whitening_batches(images: Dataset, training_args: TrainingArguments) -> DataLoader:
+    """Return batches of a seeded sample of training images, the same ones in every process."""
+    sample = images.shuffle(seed=training_args.seed).select(range(min(NUM_WHITENING_IMAGES, len(images))))
+    return DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 
 def _callbacks(method: str) -> list[TrainerCallback]:
