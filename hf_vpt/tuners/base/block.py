@@ -270,8 +270,9 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if mask is None:
             mask = tokens.new_zeros(1, 1, 1, tokens.shape[1] - num_tokens)
         attend = mask.dtype == torch.bool
-        if mask.shape[2] > 1:  # what the prompts' own rows may see: every token that is there
-            rows = mask.new_full((*mask.shape[:2], num_tokens, mask.shape[3]), attend)
+        if mask.shape[2] > 1:
+            # Prompts see what the first token, CLS, sees: a token that is hidden must not come in through them.
+            rows = mask[:, :, :1].expand(-1, -1, num_tokens, -1)
             mask = torch.cat([mask[:, :, :start], rows, mask[:, :, start:]], dim=2)
         if absent is None:
             columns = mask.new_full((*mask.shape[:3], num_tokens), attend)

@@ -188,6 +188,16 @@ class PromptTuner(BaseTuner):
     def unmerge_adapter(self) -> None:
         raise_merge_error()
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            return
+        # PEFT takes half-precision parameters to float32, but leaves buffers (BPT's fixed basis) behind.
+        for prompts in self.prompts(adapter_name).values():
+            for buffer in prompts.buffers():
+                if buffer.dtype in (torch.float16, torch.bfloat16):
+                    buffer.data = buffer.data.float()
+
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT takes the name only for the last or the last but one part of a key; modules in prompts nest deeper.

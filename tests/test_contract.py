@@ -1,0 +1,298 @@
+"""What holds for every method on every backbone; registering one of either buys these tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ADAPTERS, BACKBONES, GRID, output_of
+from peft import PeftModel, get_peft_model
+
+from hf_vpt.tuners.base import PromptedBlock
+
+
+def wrap(backbone, adapter, num_virtual_tokens=2, backbone_overrides=None, **overrides):
+    return get_peft_model(
+        backbone.build(**(backbone_overrides or {})), adapter.config(num_virtual_tokens, **overrides)
+    ).eval()
+
+
+def loss_of(model, pixel_values, **kwargs):
+    """A weighted sum: the square of a normalised output would be constant."""
+    output = output_of(model, pixel_values, **kwargs)
+    return (output * torch.arange(output.numel(), dtype=output.dtype).view_as(output).cos()).mean()
+
+
+def trained(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def is_head(name):
+    return ".modules_to_save." in name
+
+
+@pytest.mark.parametrize("num_virtual_tokens", [1, 2, 5])
+def test_prompts_change_the_output_and_keep_its_shape(backbone, adapter, num_virtual_tokens, pixel_values):
+    base = backbone.build()
+    plain = output_of(base, pixel_values)
+    prompted = output_of(get_peft_model(base, adapter.config(num_virtual_tokens)).eval(), pixel_values)
+    assert prompted.shape == plain.shape
+    assert (prompted - plain).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_keys_and_values_equal_tokens_that_are_inserted_and_cut_out(
+    backbone, adapter, attn_implementation, pixel_values
+):
+    results = {}
+    for insertion in ("keys_values", "tokens"):
+        model = wrap(backbone, adapter, backbone_overrides={"attn_implementation": attn_implementation}).double()
+        model.base_model.set_insertion(insertion)
+        loss = loss_of(model, pixel_values.double())
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results[insertion] = (loss, gradients)
+    # Transformers' eager attention takes its softmax in float32, whatever the model's dtype.
+    tolerance = {"rtol": 1e-4, "atol": 1e-7} if attn_implementation == "eager" else {"rtol": 1e-8, "atol": 1e-12}
+    torch.testing.assert_close(results["keys_values"][0], results["tokens"][0], **tolerance)
+    for name, gradient in results["tokens"][1].items():
+        torch.testing.assert_close(results["keys_values"][1][name], gradient, **tolerance)
+
+
+def test_inner_blocks_see_exactly_n_more_tokens_on_the_plain_path(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter, num_virtual_tokens=5)
+    model.base_model.set_insertion("tokens")
+    seen = []
+    for block in model.base_model.prompted_blocks():
+        block.base_layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    output_of(model, pixel_values)
+    tokens = backbone.num_prefix_tokens + GRID[0] * GRID[1]
+    assert seen == [tokens + 5] * 3
+
+
+def test_prefix_tokens_are_counted_right(backbone, adapter):
+    blocks = wrap(backbone, adapter).base_model.prompted_blocks()
+    assert {block.backbone.num_prefix_tokens for block in blocks} == {backbone.num_prefix_tokens}
+
+
+def test_disabling_the_adapter_gives_the_base_models_output_bit_for_bit(backbone, adapter, pixel_values):
+    base = backbone.build()
+    plain = output_of(base, pixel_values)
+    model = get_peft_model(base, adapter.config()).eval()
+    with model.disable_adapter():
+        assert torch.equal(output_of(model, pixel_values), plain)
+    assert not torch.equal(output_of(model, pixel_values), plain)
+    assert torch.equal(output_of(model.unload(), pixel_values), plain)
+
+
+def test_two_adapters_switch_without_leaking(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter)
+    first = output_of(model, pixel_values)
+    model.add_adapter("second", adapter.config(num_virtual_tokens=5))
+    assert torch.equal(output_of(model, pixel_values), first)
+    model.set_adapter("second")
+    model.eval()
+    second = output_of(model, pixel_values)
+    assert not torch.equal(second, first)
+    assert not any("default" in name for name in trained(model))
+    model.set_adapter("default")
+    assert torch.equal(output_of(model, pixel_values), first)
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    assert torch.equal(output_of(model, pixel_values), second)
+
+
+def test_each_image_of_a_batch_can_use_an_adapter_of_its_own(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter, num_virtual_tokens=2)
+    model.add_adapter("second", adapter.config(num_virtual_tokens=5))
+    model.eval()
+    with model.disable_adapter():
+        alone = {"__base__": output_of(model, pixel_values)}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone[name] = output_of(model, pixel_values)
+    model.set_adapter("default")
+    names = ["second", "__base__", "default", "second"]
+    mixed = output_of(model, pixel_values, adapter_names=names)
+    expected = torch.stack([alone[name][i] for i, name in enumerate(names)])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(output_of(model, pixel_values), alone["default"])
+
+
+def test_a_few_steps_move_every_adapter_tensor_and_the_head_and_no_base_tensor(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(model, pixel_values).backward()
+        optimizer.step()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == trained(model)
+
+
+def test_only_prompts_and_the_head_require_gradients(backbone, adapter):
+    model = wrap(backbone, adapter, num_virtual_tokens=5)
+    prompts = {name for name in trained(model) if f".{model.base_model.prefix}prompts.default." in name}
+    assert {name for name in trained(model) if not is_head(name)} == prompts
+    count = sum(parameter.numel() for name, parameter in model.named_parameters() if name in prompts)
+    assert count == adapter.parameters(5)
+    heads = [name for name in trained(model) if is_head(name)]
+    assert bool(heads) == (backbone.model_type != "vit_mae")
+
+
+def test_an_adapter_survives_saving_and_loading_into_a_fresh_base(backbone, adapter, pixel_values, tmp_path):
+    model = wrap(backbone, adapter, num_virtual_tokens=5)
+    expected = output_of(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    torch.testing.assert_close(output_of(loaded, pixel_values), expected, rtol=0, atol=1e-5)
+    assert not trained(loaded)
+    saved, original = loaded.peft_config["default"].to_dict(), model.peft_config["default"].to_dict()
+    filled_in = {"inference_mode": True, "auto_mapping": saved["auto_mapping"]}  # by PEFT, in the file alone
+    assert saved == original | filled_in
+
+
+def test_frozen_dropout_and_stochastic_depth_are_off_while_training(backbone, adapter, pixel_values):
+    dropouts = {"prompt_dropout": 0.0}
+    if adapter.method == "vapt":
+        dropouts |= {"channel_dropout": 0.0, "projector_dropout": 0.0}
+    model = wrap(backbone, adapter, **dropouts)
+    expected = output_of(model, pixel_values)
+    assert torch.equal(output_of(model.train(), pixel_values), expected)
+    assert model.training
+
+
+def test_prompt_dropout_is_on_while_training(adapter, pixel_values):
+    model = wrap(BACKBONES["vit"], adapter, num_virtual_tokens=5, prompt_dropout=0.5).train()
+    assert not torch.equal(output_of(model, pixel_values), output_of(model, pixel_values))
+
+
+def test_hidden_states_have_the_base_models_shapes(backbone, adapter, pixel_values):
+    base = backbone.build()
+    expected = _hidden_states(base, pixel_values)
+    model = get_peft_model(base, adapter.config()).eval()
+    for insertion in ("keys_values", "tokens"):
+        model.base_model.set_insertion(insertion)
+        states = _hidden_states(model, pixel_values)
+        assert [state.shape for state in states] == [state.shape for state in expected]
+        assert torch.equal(states[0], expected[0])
+
+
+def _hidden_states(model, pixel_values):
+    kwargs = {"noise": torch.arange(6.0).expand(4, -1)} if model.config.model_type == "vit_mae" else {}
+    return model(pixel_values=pixel_values, output_hidden_states=True, **kwargs).hidden_states
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("insertion", ["keys_values", "tokens"])
+def test_an_attention_mask_hides_tokens_and_never_prompts(adapter, insertion, attn_implementation, pixel_values):
+    model = wrap(BACKBONES["vit"], adapter, backbone_overrides={"attn_implementation": attn_implementation})
+    model.base_model.set_insertion(insertion)
+    mask = torch.ones(4, 7, dtype=torch.long)
+    visible = model(pixel_values=pixel_values, attention_mask=mask).logits
+    torch.testing.assert_close(visible, output_of(model, pixel_values), rtol=1e-4, atol=1e-5)
+    mask[:, -1] = 0
+    hidden = model(pixel_values=pixel_values, attention_mask=mask).logits
+    assert (hidden - visible).abs().max() > 1e-4
+    if adapter.method != "vapt":  # whose prompts still pool the hidden patch
+        changed = pixel_values.clone()
+        changed[:, :, 16:, 32:] += 1.0
+        torch.testing.assert_close(model(pixel_values=changed, attention_mask=mask).logits, hidden)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(backbone, adapter, pixel_values):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = wrap(backbone, adapter).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        mlp = model.base_model.prompted_blocks()[1].base_layer.mlp
+        count = []
+        # A pre-hook: recomputing stops within the MLP, at the last tensor that is needed.
+        mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        torch.manual_seed(0)
+        loss_of(model, pixel_values).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        calls.append(len(count))
+    assert calls == [1, 2]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_bfloat16_autocast_and_bfloat16_models_give_finite_losses(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model, pixel_values)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model = get_peft_model(backbone.build().to(torch.bfloat16), adapter.config()).eval()
+    output = output_of(model, pixel_values.to(torch.bfloat16))
+    assert output.isfinite().all()
+
+
+def test_nothing_is_recorded_without_gradients(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter)
+    with torch.no_grad():
+        assert not output_of(model, pixel_values).requires_grad
+    with torch.inference_mode():
+        assert output_of(model, pixel_values).isfinite().all()
+
+
+def test_an_image_does_not_feel_its_batch_mates(backbone, adapter, pixel_values):
+    model = wrap(backbone, adapter)
+    together = output_of(model, pixel_values)
+    alone = torch.cat([output_of(model, image[None]) for image in pixel_values])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_another_image_size_works_or_is_refused_with_both_grids(backbone, adapter):
+    model = wrap(backbone, adapter)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    kwargs = {} if "dinov2" in backbone.model_type else {"interpolate_pos_encoding": True}
+    if backbone.model_type == "vit_mae":
+        kwargs["noise"] = torch.arange(16.0).expand(2, -1)
+    if adapter.method == "vapt":
+        with pytest.raises(ValueError, match=r"4 × 4 patches.* made for 2 × 3"):
+            model(pixel_values=images, **kwargs)
+        return
+    if backbone.build().config.image_size != 48:
+        # Transformers interpolates from square grids alone.
+        model = wrap(backbone, adapter, backbone_overrides={"image_size": 48})
+    assert output_of(model, images, **kwargs).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_compiled_model_has_no_graph_breaks_and_gives_the_same_gradients(name, pixel_values):
+    dropouts = {"channel_dropout": 0.0, "projector_dropout": 0.0} if ADAPTERS[name].method == "vapt" else {}
+    model = wrap(BACKBONES["vit"], ADAPTERS[name], prompt_dropout=0.0, **dropouts).train()
+    loss = loss_of(model, pixel_values)
+    loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled_loss = loss_of(compiled, pixel_values)
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-5, atol=1e-6)
+    for n, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[n], rtol=1e-3, atol=1e-6, msg=n)
+
+
+def test_every_backbone_record_has_a_tiny_model():
+    from hf_vpt import BACKBONES as RECORDS
+
+    assert {backbone.model_type for backbone in BACKBONES.values()} == RECORDS.keys()
+
+
+def test_every_method_has_a_tiny_adapter():
+    from hf_vpt import METHODS
+
+    assert {adapter.method for adapter in ADAPTERS.values()} == METHODS.keys()
+
+
+def test_no_block_is_wrapped_without_need():
+    model = wrap(BACKBONES["vit"], ADAPTERS["vpt_deep"], layers_to_transform=[1])
+    blocks = model.get_base_model().vit.layers
+    assert [isinstance(block, PromptedBlock) for block in blocks] == [False, True, False]
