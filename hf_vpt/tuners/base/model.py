@@ -180,6 +180,10 @@ class PromptTuner(BaseTuner):
     def unload(self) -> nn.Module:
         """Takes all prompts and heads out again and returns the base model as it was."""
         training = self.model.training
+        # PEFT would leave the trained head on the backbone, where it means nothing without its prompts.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                self.model.set_submodule(name, module.original_module)
         return super().unload().train(training)
 
     def _check_merge_allowed(self) -> None:

@@ -52,6 +52,12 @@ class BPTPrompts(StaticPrompts):
             )
         return self.factor_prompts @ self.factor_basis.T
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # `load_adapter` of Transformers assigns tensors one by one and never calls `_load_from_state_dict`.
+        if name == "factor_basis":
+            self.is_whitened = True
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A saved basis has been through this already.

@@ -82,6 +82,12 @@ class PROVPTPrompts(StaticPrompts):
         self.block[row] = block
         self._set_serves(self.block.tolist())
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # `load_adapter` of Transformers assigns tensors one by one and never calls `_load_from_state_dict`.
+        if name == "block" and not value.is_meta:
+            self._set_serves(value.tolist())
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}block" in state_dict:
