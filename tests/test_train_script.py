@@ -12,12 +12,16 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
+from hf_vpt.training import parse_arguments, train_classifier
+
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "scripts" / "train.py")
 # The module, not the command, so that the script runs with the interpreter of the tests.
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--dynamo_backend", "no"]
-ONE_MACHINE = ["--num_machines", "1"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +71,10 @@ def test_script_trains_with_python_and_options_override_the_file(config, tmp_pat
 def test_two_processes_reach_the_weights_of_one(config, tmp_path):
     # Adam would turn rounding errors of gradients near zero into whole steps, hence SGD.
     options = ["--optim", "sgd", "--no_load_best_model_at_end", "--num_train_epochs", "1"]
-    alone = [*ACCELERATE, *ONE_MACHINE, "--num_processes", "1"]
-    printed, one = run(alone, config, tmp_path / "one", *options)
-    assert one["num_processes"] == 1
-    assert printed.count("Test accuracy") == 1
-
-    together = [*ACCELERATE, *ONE_MACHINE, "--multi_gpu", "--num_processes", "2"]
-    printed, two = run(together, config, tmp_path / "two", *options, "--per_device_train_batch_size", "4")
-    assert two["num_processes"] == 2
+    one = train_classifier(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "one"), *options]))
+    printed, two = run(ACCELERATE, config, tmp_path / "two", *options, "--per_device_train_batch_size", "4")
+    # Launched with other options, two processes on a CPU silently become one.
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
     assert two["global_batch_size"] == one["global_batch_size"]
     assert printed.count("Test accuracy") == 1
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]

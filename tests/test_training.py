@@ -29,10 +29,13 @@ from hf_vpt.training import (
     train_classifier,
 )
 from hf_vpt.training.models import head_parameters
+from hf_vpt.tuners import METHODS
 
 
 CLASSES = ["cat", "dog", "emu"]
 WIDTH = 16
+# What the tiny backbone needs beyond a method's defaults.
+TINY_OPTIONS = {"bpt": ["--rank", "4"]}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def settings(backbone, images, tmp_path):
         common += (
             " --use_cpu --disable_tqdm=1 --per_device_train_batch_size 8 --num_train_epochs 2 --learning_rate 0.01"
         )
-        return parse_arguments([*common.split(), *options])
+        return parse_arguments([*common.split(), *TINY_OPTIONS.get(method, []), *options])
 
     return parse
 
@@ -311,14 +314,14 @@ def test_head_parameters_of_an_adapter_are_the_trained_copies(lora_model):
     assert [id(parameter) for parameter in head_parameters(lora_model)] == [id(p) for p in head.parameters()]
 
 
-@pytest.mark.parametrize("method", ["vpt", "linear_probe"])
+@pytest.mark.parametrize("method", [*METHODS, "linear_probe"])
 def test_run_learns_and_leaves_everything_needed_to_use_it(settings, tmp_path, method):
     run = settings(method, "--num_train_epochs", "20", "--head_learning_rate", "0.1")
     results = train_classifier(run)
     assert results["test_accuracy"] > 0.9
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"metrics.json", "preprocessor_config.json"} <= files
-    assert files >= ({"adapter_model.safetensors", "id2label.json"} if method == "vpt" else {"model.safetensors"})
+    assert files >= ({"adapter_model.safetensors", "id2label.json"} if method in METHODS else {"model.safetensors"})
     written = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert written == results
     assert written["label_names"] == CLASSES
@@ -357,7 +360,18 @@ def test_test_split_is_looked_at_once_and_after_training(settings, monkeypatch):
     assert seen == [(3, "eval"), (6, "eval"), (6, "validation"), (6, "test")]
 
 
-@pytest.mark.parametrize("method", ["vpt", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            method,
+            marks=pytest.mark.xfail(
+                method == "provpt", reason="the policy, and the draws of the scoring pass, start anew", strict=True
+            ),
+        )
+        for method in [*METHODS, "full"]
+    ],
+)
 def test_resumed_run_ends_where_an_uninterrupted_one_ends(settings, tmp_path, method):
     final = []
     for interrupted in (False, True):
