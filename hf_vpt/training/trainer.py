@@ -7,6 +7,7 @@ import transformers
 from peft import PeftModel
 from torch.nn import functional as F
 
+from ..hub import add_loading_lines
 from .models import head_parameters, save_label_names
 
 
@@ -87,6 +88,11 @@ class ImageClassificationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
             save_label_names(model, output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            add_loading_lines(self.args.output_dir)  # Trainer has written a card of its own over PEFT's
 
     # Transformers saves a model's weights under the names of the original release (`vit.encoder.layer.0…`) where its
     # own code has newer ones (`vit.layers.0…`). Trainer loads a checkpoint by name and passes over what it does not

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ...hub import add_loading_lines
 from .checkpoint import verify_checkpoint
 
 
@@ -91,6 +92,11 @@ class PromptConfig(PeftConfig):
                 config, os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs
             )
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves the config, and puts the lines that load the adapter into the model card that PEFT wrote."""
+        super().save_pretrained(save_directory, **kwargs)
+        add_loading_lines(save_directory)
 
     def resolved_layers(self, num_layers: int) -> list[int]:
         """Sorted indices of the blocks with prompts in a model of `num_layers` blocks.

@@ -1,0 +1,26 @@
+"""The model card says how to load an adapter."""
+
+from conftest import ADAPTERS, BACKBONES
+from peft import get_peft_model
+
+from hf_vpt.hub import HEADING, add_loading_lines
+
+
+def test_a_saved_adapter_has_a_card_with_the_import_that_loading_needs(tmp_path):
+    model = get_peft_model(BACKBONES["vit"].build(), ADAPTERS["vpt_deep"].config())
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import hf_vpt\n") == 1
+    assert card.startswith("---\n")
+    assert card.index(HEADING) < card.index("## Model Details")
+
+
+def test_a_card_without_sections_gets_the_lines_at_its_end_and_a_folder_without_a_card_gets_none(tmp_path):
+    add_loading_lines(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "README.md").write_text("# Title\n")
+    add_loading_lines(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("# Title\n\n## Load this adapter\n")
+    assert "import hf_vpt" in text
