@@ -73,27 +73,24 @@ def verify_tensors(config: PromptConfig, tensors: dict[str, torch.Tensor], sourc
     for key, tensor in tensors.items():
         path, marker, rest = key.partition(f".{prefix}prompts.")
         if marker:
-            found[f"block {path.rpartition('.')[2]}, {rest}"] = tuple(tensor.shape)
-    expected = expected_shapes(config)
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        shapes = "; ".join(f"{name}: {found.get(name)} instead of {expected.get(name)}" for name in wrong[:3])
-        raise ValueError(
-            f"Found {len(wrong)} tensors in {source} that do not fit the adapter's config: {shapes}. File and config "
-            "must come from the same adapter. Save or download both again."
-        )
-
-
-def expected_shapes(config: PromptConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each prompt tensor that a config makes, without making one."""
-    tuner_cls = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    with torch.device("meta"):
-        prompts = tuner_cls.make_all_prompts(config)
-    return {
-        f"block {index}, {name}": tuple(tensor.shape)
+            found[f"block {path.rpartition('.')[2]}, {rest}"] = tensor
+    with torch.device("meta"):  # shapes alone
+        prompts = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].make_all_prompts(config)
+    expected = {
+        f"block {index}, {name}": tensor
         for index, module in prompts.items()
         for name, tensor in module.state_dict().items()
     }
+    shapes = [{name: tuple(tensor.shape) for name, tensor in group.items()} for group in (found, expected)]
+    wrong = sorted(name for name in found.keys() | expected.keys() if shapes[0].get(name) != shapes[1].get(name))
+    if wrong:
+        listed = "; ".join(f"{name}: {shapes[0].get(name)} instead of {shapes[1].get(name)}" for name in wrong[:3])
+        raise ValueError(
+            f"Found {len(wrong)} tensors in {source} that do not fit the adapter's config: {listed}. File and config "
+            "must come from the same adapter. Save or download both again."
+        )
+    for index, module in prompts.items():
+        module.check_tensors({name: found[f"block {index}, {name}"] for name in module.state_dict()})
 
 
 def _weights_file(config: PromptConfig, model_id: str, subfolder: str | None, **kwargs: Any) -> str | None:

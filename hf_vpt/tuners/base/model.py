@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -113,28 +114,46 @@ class PromptTuner(BaseTuner):
         self.check_backbone(peft_config, backbone)
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = list(backbone.heads)
+        self._check_saved_names(peft_config, backbone)
         self._check_modules_to_save(peft_config, model)
         peft_config.target_modules = pattern
         self._backbone = backbone
 
+    def _check_saved_names(self, peft_config: PromptConfig, backbone: Backbone) -> None:
+        """Raises if the adapter file names blocks as another class of model does, which PEFT would only warn of."""
+        blocks = f"{backbone.root}.{backbone.record.blocks}.".lstrip(".")
+        saved = [key for key in peft_config.saved_shapes if f".{self.prefix}prompts." in key]
+        if not all(key.startswith(blocks) for key in saved):
+            wanted = (peft_config.auto_mapping or {}).get("base_model_class", "the class it was trained with")
+            raise ValueError(
+                f"Found {saved[0]} in the adapter file and blocks called {blocks}* in a {type(self.model).__name__}. "
+                f"Names must be the same. Load the adapter into a model of the class it was saved from ({wanted})."
+            )
+
     @staticmethod
     def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:
-        """Raises if a module to save is not there or has another shape than the saved one."""
+        """Raises if a module to save is not there, or is not in the adapter file as the model has it."""
         modules = dict(model.named_modules())
         for name in peft_config.modules_to_save:
-            found = [module for key, module in modules.items() if key == name or key.endswith(f".{name}")]
+            found = [key for key in modules if key == name or key.endswith(f".{name}")]
             if not found:
                 peft_config.fail("modules_to_save", f"names of modules of the model; it has no {name!r}")
-            module = found[0]
+            module = modules[found[0]]
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module = module.original_module
             for tensor_name, tensor in module.state_dict().items():
-                saved = peft_config.saved_shapes.get(f"{name}.{tensor_name}", tuple(tensor.shape))
-                if saved != tuple(tensor.shape):
+                key, shape = f"{found[0]}.{tensor_name}", tuple(tensor.shape)
+                saved = peft_config.saved_shapes.get(key) if peft_config.saved_shapes else shape
+                if saved is None:
                     raise ValueError(
-                        f"Found {name}.{tensor_name} of shape {tuple(tensor.shape)} in the model and of shape {saved} "
-                        "in the adapter file. Both must be the same. Load the base model with the adapter's number "
-                        f"of labels, for example `from_pretrained(…, num_labels={saved[0]})`."
+                        f"Found no {key} in the adapter file, but others of {name!r}. Predictions need the whole "
+                        "head. Save the adapter again with `save_pretrained`, from a model with the same head."
+                    )
+                if saved != shape:
+                    raise ValueError(
+                        f"Found {key} of shape {shape} in the model and of shape {saved} in the adapter file. Both "
+                        "must be the same. Load the base model with the adapter's number of labels, for example "
+                        f"`from_pretrained(…, num_labels={saved[0]})`."
                     )
 
     def _create_and_replace(
@@ -185,6 +204,18 @@ class PromptTuner(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 self.model.set_submodule(name, module.original_module)
         return super().unload().train(training)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
+        remaining = sorted(self.peft_config.keys() - {adapter_name})
+        if self.active_adapters == [adapter_name] and remaining:
+            # PEFT lets each block choose among the adapters it has, so that blocks with different ones would disagree.
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {remaining[0]}.",
+                stacklevel=2,
+            )
+            self.set_adapter(remaining[0])
+        super().delete_adapter(adapter_name)
 
     def _check_merge_allowed(self) -> None:
         raise_merge_error()

@@ -55,6 +55,9 @@ class Prompts(nn.Module):
     def check_grid(self, height: int, width: int) -> None:
         """Raises `ValueError` if the prompts cannot be made from a grid of `height` × `width` patches."""
 
+    def check_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises `ValueError` if saved tensors, by their names in this module, hold what the prompts cannot have."""
+
     def randomize(self) -> None:
         """Fills all floating-point tensors with random numbers of order one tenth (`init_weights=False`)."""
         for tensor in (*self.parameters(), *self.buffers()):

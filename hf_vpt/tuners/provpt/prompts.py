@@ -64,14 +64,17 @@ class PROVPTPrompts(StaticPrompts):
                         self._slices.append((owner, row, row + 1))
         return self._slices
 
-    def _set_serves(self, serves: list[int]) -> None:
-        unknown = sorted(set(serves) - {prompts.index for prompts in self.pool})
+    def check_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        unknown = sorted(set(tensors["block"].tolist()) - {prompts.index for prompts in self.pool})
         if unknown:
             raise ValueError(
                 f"Found prompts that serve the blocks {unknown}. The pool of this adapter spans the blocks "
                 f"{[prompts.index for prompts in self.pool]}. The file and its config must come from the same adapter."
             )
-        self.serves = serves
+
+    def _set_serves(self, block: torch.Tensor) -> None:
+        self.check_tensors({"block": block})
+        self.serves = block.tolist()
         for prompts in self.pool:
             prompts._slices = None
 
@@ -80,15 +83,15 @@ class PROVPTPrompts(StaticPrompts):
         """Lets a row of this block's share serve another block, scaled down."""
         self.prompt_embeddings[row] *= scale
         self.block[row] = block
-        self._set_serves(self.block.tolist())
+        self._set_serves(self.block)
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # `load_adapter` of Transformers assigns tensors one by one and never calls `_load_from_state_dict`.
         if name == "block" and not value.is_meta:
-            self._set_serves(value.tolist())
+            self._set_serves(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if f"{prefix}block" in state_dict:
-            self._set_serves(state_dict[f"{prefix}block"].tolist())
+            self._set_serves(state_dict[f"{prefix}block"])
