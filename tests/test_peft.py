@@ -228,6 +228,32 @@ def test_blocks_agree_on_the_next_adapter_when_the_active_one_is_deleted(pixel_v
     assert torch.equal(output_of(model, pixel_values), expected)
 
 
+def test_a_deleted_name_can_be_used_again(adapter, pixel_values):
+    model = wrap_two(adapter)
+    expected = output_of(model, pixel_values)
+    model.delete_adapter("second")
+    model.add_adapter("second", adapter.config(3))
+    assert torch.equal(output_of(model, pixel_values), expected)
+    model.set_adapter("second")
+    assert output_of(model.eval(), pixel_values).isfinite().all()
+
+
+def test_a_deleted_pool_takes_its_policy_along(pixel_values):
+    # The policy of the deleted adapter, made for three blocks, moved prompts of the next one of its name.
+    model = wrap_two(ADAPTERS["provpt"], relocation_warmup=0)
+    batches = [{"pixel_values": pixel_values, "labels": torch.arange(4)}]
+    for blocks in ([0, 1, 2], [0, 1]):
+        tuner = model.base_model
+        tuner.relocate(tuner.score_prompts(batches))
+        tuner.relocate(tuner.score_prompts(batches))
+        assert len(tuner.distribution()) == len(blocks)
+        model.set_adapter("second")
+        model.delete_adapter("default")
+        model.add_adapter("default", ADAPTERS["provpt"].config(layers_to_transform=[0, 1], relocation_warmup=0))
+        model.set_adapter("default")
+        model.eval()
+
+
 def test_deleting_an_unknown_adapter_is_refused(adapter):
     with pytest.raises(ValueError, match="nothing does not exist"):
         wrap(adapter).delete_adapter("nothing")

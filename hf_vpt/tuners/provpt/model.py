@@ -27,6 +27,11 @@ class PROVPTModel(PromptTuner):
     def make_prompts(cls, config: PROVPTConfig, layout: BlockLayout, peers: list[PROVPTPrompts]) -> PROVPTPrompts:
         return PROVPTPrompts(config, layout, peers)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        # A later adapter of the same name may have another pool.
+        self.__dict__.get("_relocators", {}).pop(adapter_name, None)
+
     def distribution(self, adapter_name: str | None = None) -> dict[int, int]:
         """Number of prompts that serve each block now, by block index."""
         return {index: len(prompts.rows()) for index, prompts in self.prompts(adapter_name).items()}
