@@ -74,10 +74,12 @@ def test_random_crop_has_the_processors_size_and_normalisation(processor):
     torch.testing.assert_close(pixels, torch.ones_like(pixels))
 
 
-def test_random_crops_differ_between_draws(processor, noise):
-    transform = ImageTransform(processor, augmentation="crop_flip")
+@pytest.mark.parametrize("augmentation", ["affine", "crop_flip"])
+def test_augmented_images_differ_between_draws_and_have_the_processors_size(processor, noise, augmentation):
+    transform = ImageTransform(processor, augmentation=augmentation)
     first, second = (transform({"image": [noise]})["pixel_values"][0] for _ in range(2))
     assert not torch.equal(first, second)
+    assert first.shape == (3, HEIGHT, WIDTH)
 
 
 def test_output_size_is_the_crop_where_the_processor_crops():
@@ -87,7 +89,7 @@ def test_output_size_is_the_crop_where_the_processor_crops():
 
 
 def test_unknown_augmentation_is_refused_with_the_choices(processor):
-    with pytest.raises(ValueError, match=r"'flop'.*'none', 'crop_flip'"):
+    with pytest.raises(ValueError, match=r"'flop'.*'none', 'affine', 'crop_flip'"):
         ImageTransform(processor, augmentation="flop")
 
 
@@ -107,8 +109,9 @@ def test_dataset_with_transform_feeds_a_data_loader(processor, noise, num_worker
     assert batch["labels"].tolist() == [0, 1, 1]
 
 
-def test_transform_survives_pickling(processor, noise):
-    transform = ImageTransform(processor, augmentation="crop_flip")
+@pytest.mark.parametrize("augmentation", ["affine", "crop_flip"])
+def test_transform_survives_pickling(processor, noise, augmentation):
+    transform = ImageTransform(processor, augmentation=augmentation)
     copy = pickle.loads(pickle.dumps(transform))
     torch.manual_seed(1)
     expected = transform({"image": [noise]})["pixel_values"][0]

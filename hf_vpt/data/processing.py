@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
 
 
-Augmentation = Literal["none", "crop_flip"]
+Augmentation = Literal["none", "affine", "crop_flip"]
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -56,9 +56,10 @@ class ImageTransform:
 
     Args:
         processor: The image processor saved with the backbone.
-        augmentation: `"none"`, or `"crop_flip"` for training: a random crop of 8 to 100 % of the area, resized to the
-            processor's output size, and a horizontal flip with probability 0.5 (the ImageNet recipe; not for images
-            whose meaning a flip changes, such as digits).
+        augmentation: What training images go through. `"none"`: nothing. `"crop_flip"`: a random crop of 8 to 100 %
+            of the area, resized to the processor's output size, and a horizontal flip with probability 0.5, the
+            ImageNet recipe. `"affine"`: a rotation of up to 10 degrees, a shift of up to 10 % and a scale of 0.9 to
+            1.1, for images whose meaning a flip or a tight crop would change, such as digits.
         image_column: Column of the images in a batch.
         label_column: Column of the classes in a batch; may be absent from it.
 
@@ -84,14 +85,20 @@ class ImageTransform:
         self.image_column = image_column
         self.label_column = label_column
         self.augment = None
-        if augmentation == "crop_flip":
+        if augmentation != "none":
             height, width = output_size(processor)
             # Pillow numbers its filters as the processor does; torchvision has an enum of its own.
             resample = processor.resample if processor.resample is not None else Image.Resampling.BILINEAR
             interpolation = v2.InterpolationMode[Image.Resampling(int(resample)).name]
-            self.augment = v2.Compose(
-                [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
-            )
+            if augmentation == "crop_flip":
+                steps = [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
+            else:
+                bilinear = v2.InterpolationMode.BILINEAR  # of what affine maps know, the best for images
+                steps = [
+                    v2.Resize((height, width), interpolation=interpolation),
+                    v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=bilinear),
+                ]
+            self.augment = v2.Compose(steps)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Map images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers."""
@@ -99,7 +106,7 @@ class ImageTransform:
         if self.augment is None:
             processed = self.processor(images)
         else:
-            # The crop has the final size already; rescaling and normalisation stay the processor's.
+            # Augmented images have the final size already; rescaling and normalisation stay the processor's.
             images = [self.augment(image) for image in images]
             processed = self.processor(images, do_resize=False, do_center_crop=False)
         columns = {"pixel_values": [torch.as_tensor(pixels) for pixels in processed["pixel_values"]]}

@@ -58,7 +58,8 @@ class DataArguments:
         test_fraction: Share set aside for the test where no split is published.
         split_seed: Decides which images are set aside; independent of `seed`, so that runs with different seeds share
             their splits.
-        augmentation: What training images go through: `"none"`, or `"crop_flip"` for random crops and flips.
+        augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
+            `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
     """
 
     _argument_group_name = "data"
