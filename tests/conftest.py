@@ -70,29 +70,26 @@ class TinyBackbone:
 
 
 BACKBONES = {
-    name: backbone
-    for name, backbone in {
-        "vit": TinyBackbone("vit", ViTConfig, ViTForImageClassification),
-        "deit": TinyBackbone("deit", DeiTConfig, DeiTForImageClassification, 2),
-        "deit_with_teacher": TinyBackbone("deit", DeiTConfig, DeiTForImageClassificationWithTeacher, 2),
-        "vit_mae": TinyBackbone("vit_mae", ViTMAEConfig, ViTMAEModel, 1, {"mask_ratio": 0.0}),
-        "vit_msn": TinyBackbone("vit_msn", ViTMSNConfig, ViTMSNForImageClassification),
-        # DINOv2 is made for square images and interpolates its positions for all others.
-        "dinov2": TinyBackbone(
-            "dinov2",
-            Dinov2Config,
-            Dinov2ForImageClassification,
-            1,
-            {"image_size": 48, "drop_path_rate": 0.5, "layerscale_value": 0.7},
-        ),
-        "dinov2_with_registers": TinyBackbone(
-            "dinov2_with_registers",
-            Dinov2WithRegistersConfig,
-            Dinov2WithRegistersForImageClassification,
-            3,
-            {"image_size": 48, "drop_path_rate": 0.5, "layerscale_value": 0.7, "num_register_tokens": 2},
-        ),
-    }.items()
+    "vit": TinyBackbone("vit", ViTConfig, ViTForImageClassification),
+    "deit": TinyBackbone("deit", DeiTConfig, DeiTForImageClassification, 2),
+    "deit_with_teacher": TinyBackbone("deit", DeiTConfig, DeiTForImageClassificationWithTeacher, 2),
+    "vit_mae": TinyBackbone("vit_mae", ViTMAEConfig, ViTMAEModel, 1, {"mask_ratio": 0.0}),
+    "vit_msn": TinyBackbone("vit_msn", ViTMSNConfig, ViTMSNForImageClassification),
+    # DINOv2 is made for square images and interpolates its positions for all others.
+    "dinov2": TinyBackbone(
+        "dinov2",
+        Dinov2Config,
+        Dinov2ForImageClassification,
+        1,
+        {"image_size": 48, "drop_path_rate": 0.5, "layerscale_value": 0.7},
+    ),
+    "dinov2_with_registers": TinyBackbone(
+        "dinov2_with_registers",
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersForImageClassification,
+        3,
+        {"image_size": 48, "drop_path_rate": 0.5, "layerscale_value": 0.7, "num_register_tokens": 2},
+    ),
 }
 
 
