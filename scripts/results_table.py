@@ -1,7 +1,7 @@
 """The README's results table, from the metrics that runs of `scripts/train.py` left behind.
 
-    make table            # trains every demo configuration with three seeds, then calls this
-    python scripts/results_table.py outputs/table
+make table            # trains every demo configuration with three seeds, then calls this
+python scripts/results_table.py outputs/table
 """
 
 from __future__ import annotations
