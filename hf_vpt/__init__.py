@@ -17,8 +17,8 @@ from .tuners.vpt import VPTConfig, VPTModel
 
 __version__ = "0.1.0"
 
-for _method in METHODS:
-    register_method(METHODS[_method], TUNERS[_method])
+for _tuner in TUNERS.values():
+    register_method(_tuner.config_cls, _tuner)
 
 __all__ = [
     "BACKBONES",

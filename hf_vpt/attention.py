@@ -5,7 +5,7 @@ tokens in one way only: as a key and a value. With P `(1|B, N, D)` the prompts a
 
     keys = [W_k·norm(H) ; W_k·norm(P)]    values = [W_v·norm(H) ; W_v·norm(P)]    queries = W_q·norm(H)
 
-is the same function as running the block on N more tokens (VPT, arXiv 2203.12119, section 3.2, eq. 4 and 5), without
+is the same function as running the block on N more tokens (VPT-Deep, arXiv 2203.12119, eq. 7), without
 their queries, attention rows, output projection and MLP. Prompt columns stand last, so that `attentions[..., :T]` are
 the columns a user knows.
 

@@ -12,7 +12,7 @@ def add_loading_lines(folder: str | Path) -> None:
     """Adds to a model card the lines that load the adapter, `import hf_vpt` among them.
 
     PEFT knows the methods of this package only after that import and cannot say so itself: without it, loading ends
-    with a bare `KeyError`. A folder without a card, and a card that has the lines, are left alone.
+    with a bare `KeyError`. A folder without a card of PEFT's, and a card that has the lines, are left alone.
 
     Args:
         folder: Folder with a `README.md`.
@@ -21,7 +21,7 @@ def add_loading_lines(folder: str | Path) -> None:
     if not file.is_file():
         return
     text = file.read_text(encoding="utf-8")
-    if HEADING in text:
+    if HEADING in text or "\nlibrary_name: peft\n" not in text:
         return
     lines = (
         f"{HEADING}\n\nThis adapter was made with hf_vpt, which has to be imported before PEFT can load it.\n\n"

@@ -16,11 +16,14 @@ def test_a_saved_adapter_has_a_card_with_the_import_that_loading_needs(tmp_path)
     assert card.index(HEADING) < card.index("## Model Details")
 
 
-def test_a_card_without_sections_gets_the_lines_at_its_end_and_a_folder_without_a_card_gets_none(tmp_path):
+def test_only_a_card_of_pefts_is_changed(tmp_path):
     add_loading_lines(tmp_path)
     assert not list(tmp_path.iterdir())
-    (tmp_path / "README.md").write_text("# Title\n")
+    (tmp_path / "README.md").write_text("# My project\n")
+    add_loading_lines(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n# Title\n")
     add_loading_lines(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert text.startswith("# Title\n\n## Load this adapter\n")
+    assert text.startswith("---\nlibrary_name: peft\n---\n# Title\n\n## Load this adapter\n")
     assert "import hf_vpt" in text

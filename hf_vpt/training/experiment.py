@@ -101,6 +101,12 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
             test_fraction=data_args.test_fraction,
             seed=data_args.split_seed,
         )
+    if training_args.n_gpu > 1 and peft_config is not None:
+        raise ValueError(
+            f"Found {training_args.n_gpu} GPUs in one process, which PyTorch's DataParallel would share. Prompts that "
+            "blocks share do not survive its copies. Start one process a GPU with `accelerate launch`, or show one "
+            "GPU with CUDA_VISIBLE_DEVICES=0."
+        )
     if training_args.ddp_find_unused_parameters is None and model_args.method != "full":
         # All that trains takes part in every step, so processes need not search for what does not.
         training_args.ddp_find_unused_parameters = False

@@ -119,7 +119,7 @@ def _own_settings(config_class: type[PeftConfig], method: str) -> type:
     hints = get_type_hints(config_class)
     fields = []
     for field in dataclasses.fields(config_class):
-        if not field.init or field.name in inherited:
+        if not field.init or field.name in inherited or field.metadata.get("filled_in"):
             continue
         # Fields are bound to one class, hence copies; checks and conversions stay with the configuration class.
         default = {"default": field.default}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from accelerate.utils import extract_model_from_parallel
+import torch
+from accelerate.utils import extract_model_from_parallel, reduce
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -29,7 +31,14 @@ class RelocationCallback(TrainerCallback):
         tuner = extract_model_from_parallel(model).base_model
         # Prompt dropout is on, as while training: the scores are those of the loss that is trained on.
         tuner.train()
-        move = tuner.relocate(tuner.score_prompts(train_dataloader))
+        scores = tuner.score_prompts(train_dataloader)
+        if args.world_size > 1:
+            # Each process has seen its share of the data. All get the same scores, so all move the same prompt to the
+            # same block: the policies start from one seed.
+            shared = torch.cat([scores.values, torch.tensor([scores.loss], dtype=torch.float64)]).to(args.device)
+            shared = reduce(shared, reduction="mean").cpu()
+            scores = replace(scores, values=shared[:-1], loss=shared[-1].item() * args.world_size)
+        move = tuner.relocate(scores)
         entry = {
             "relocation": "none" if move.target in (None, move.source) else f"{move.source} -> {move.target}",
             "relocation_prompt": move.prompt,

@@ -16,6 +16,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ...attention import (
     KEYS_VALUES,
+    PromptedAttentionConfig,
     PromptKeysValues,
     close_attention_for_prompts,
     open_attention_for_prompts,
@@ -148,6 +149,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             inserted += deep.prompts.shape[1]
             absent = _join_absent(deep.absent, absent, (deep.prompts.shape[1], num_flowing))
         elif deep is not None:
+            if not isinstance(self.attention.config, PromptedAttentionConfig):
+                self._raise_not_arrived()  # here too: a compiled graph cannot look afterwards
             keys_values = self._keys_values(deep, tokens.dtype)
             kwargs[KEYS_VALUES] = keys_values
         if inserted:
@@ -156,12 +159,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         output = self.base_layer(tokens, *args, **kwargs)
 
         if keys_values is not None and not keys_values.arrived and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"Found that the prompts of block {self.index} did not reach the attention of "
-                f"{type(self.attention).__name__}. They need the attention interface of Transformers. Undo what "
-                "replaced the config or the forward of the attention module, or use "
-                "`model.base_model.set_insertion('tokens')`."
-            )
+            self._raise_not_arrived()
         if not inserted:
             return output
         visible = self._strip(output, inserted)
@@ -169,6 +167,13 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if not num_flowing or self.index == self.backbone.num_layers - 1:
             return visible
         return self._strip(output, inserted - num_flowing)
+
+    def _raise_not_arrived(self) -> None:
+        raise RuntimeError(
+            f"Found that the prompts of block {self.index} did not reach the attention of "
+            f"{type(self.attention).__name__}. They need the attention interface of Transformers. Undo what replaced "
+            "the config or the forward of the attention module, or use `model.base_model.set_insertion('tokens')`."
+        )
 
     # Prompts of a batch
 
@@ -223,7 +228,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
     def _keys_values(self, batch: PromptBatch, dtype: torch.dtype) -> PromptKeysValues:
         """Keys and values of prompts, by the block's own frozen norm and projections."""
         checkpointing = getattr(self.base_layer, "gradient_checkpointing", False) and self.training
-        if checkpointing and self.base_layer._gradient_checkpointing_func.keywords.get("use_reentrant"):
+        keywords = getattr(self.base_layer._gradient_checkpointing_func, "keywords", {}) if checkpointing else {}
+        if keywords.get("use_reentrant"):
             raise ValueError(
                 "Found reentrant gradient checkpointing, which loses the gradient of prompts. They need the "
                 "non-reentrant form. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs="

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 
@@ -98,6 +98,11 @@ def _weights_file(config: PromptConfig, model_id: str, subfolder: str | None, **
     folder = os.path.join(model_id, subfolder) if subfolder else model_id
     if os.path.isdir(folder):
         file = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
+        if not os.path.isfile(file) and os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            raise ValueError(
+                f"Found {WEIGHTS_NAME} and no {SAFETENSORS_WEIGHTS_NAME} in {folder}. No pickle is loaded. Save the "
+                "adapter again with `save_pretrained`."
+            )
         return file if os.path.isfile(file) else None
     download_kwargs, _, _ = config._split_kwargs(kwargs)
     try:

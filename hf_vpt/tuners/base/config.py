@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -52,14 +53,22 @@ class PromptConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole; the task head is found if left out."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start from the method's own initial values."})
-    target_modules: str | None = field(default=None, metadata={"help": "Filled in from the backbone record."})
-    token_dim: int | None = field(default=None, metadata={"help": "Width of the tokens; filled in from the model."})
-    num_layers: int | None = field(default=None, metadata={"help": "Number of blocks; filled in from the model."})
+    target_modules: str | None = field(
+        default=None, metadata={"help": "Filled in from the backbone record.", "filled_in": True}
+    )
+    token_dim: int | None = field(
+        default=None, metadata={"help": "Width of the tokens; filled in from the model.", "filled_in": True}
+    )
+    num_layers: int | None = field(
+        default=None, metadata={"help": "Number of blocks; filled in from the model.", "filled_in": True}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         # JSON gives a string back; PEFT compares members.
         self.peft_type = PeftType[self.method_name]
+        if self.task_type is not None:
+            self.fail("task_type", "None: PEFT has no task type for images")
         self.check_int("num_virtual_tokens", low=1)
         self.check_bool("deep")
         self.check_bool("init_weights")
@@ -123,8 +132,9 @@ class PromptConfig(PeftConfig):
         value = getattr(self, name)
         if optional and value is None:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
             self.fail(name, f"an integer of at least {low}" + (" or None" if optional else ""))
+        setattr(self, name, int(value))  # a number of numpy's would not go into JSON
 
     def check_bool(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):
@@ -149,10 +159,12 @@ class PromptConfig(PeftConfig):
         value = getattr(self, name)
         if value is None:
             return None
+        kind = Integral if kind is int else kind
         values = [value] if isinstance(value, kind) else value
-        if not isinstance(values, (list, tuple, set)) or any(
+        if not isinstance(values, (list, tuple, set, range)) or any(
             isinstance(item, bool) or not isinstance(item, kind) for item in values
         ):
-            self.fail(name, f"a list of {kind.__name__} or None")
+            self.fail(name, f"a list of {'integers' if kind is Integral else 'names'} or None")
         # Sets have no order; a saved config has to come out the same each time.
-        return sorted(values) if isinstance(values, set) else list(values)
+        ordered = sorted(values) if isinstance(values, set) else values
+        return [int(item) if kind is Integral else item for item in ordered]

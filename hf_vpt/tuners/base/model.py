@@ -22,13 +22,45 @@ from .config import PromptConfig
 from .prompts import BlockLayout, Prompts
 
 
+class EmbeddingsHook:
+    """Forward pre-hook of the embeddings, which stand before the first block and see the image.
+
+    Their frozen dropout stays off while prompts train, also in a model that is not wrapped in a tuner
+    (`inject_adapter_in_model`, `add_adapter` of Transformers), whose `train()` turns it on.
+
+    Args:
+        backbone: The backbone's layout.
+        blocks: The wrapped blocks.
+    """
+
+    def __init__(self, backbone: Backbone, blocks: list[PromptedBlock]):
+        self.backbone = backbone
+        self.blocks = blocks
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if module.training:
+            silence_frozen_modules(module)
+        kwargs = dict(kwargs)
+        return args, self.check(args, kwargs, kwargs.pop("adapter_names", None))
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str] | None) -> dict[str, Any]:
+        """Looks at the arguments of the embeddings; returns the keyword arguments to go on with."""
+        return kwargs
+
+
 class PromptTuner(BaseTuner):
     """A frozen vision transformer whose blocks get prompts.
 
     `get_peft_model(model, config)` makes one. A method subclasses it with a `prefix` of its own and `make_prompts`.
     """
 
+    config_cls: type[PromptConfig]
     tuner_layer_cls = PromptedBlock
+    # Forward pre-hook of the embeddings.
+    embeddings_hook_cls = EmbeddingsHook
+    _insertion = "keys_values"
     # The blocks come from the backbone records.
     target_module_mapping: dict[str, str] = {}
 
@@ -73,6 +105,7 @@ class PromptTuner(BaseTuner):
         """
         if insertion not in ("keys_values", "tokens"):
             raise ValueError(f"insertion is {insertion!r}. It must be 'keys_values' or 'tokens'.")
+        self._insertion = insertion
         for block in self.prompted_blocks():
             block.insertion = insertion
 
@@ -89,6 +122,17 @@ class PromptTuner(BaseTuner):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(model.training)  # a model in training mode has its frozen dropout on until now
+        self._remove_embeddings_hook(model)
+        hook = self.embeddings_hook_cls(self._backbone, self.prompted_blocks())
+        self._backbone.embeddings(model).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _remove_embeddings_hook(self, model: nn.Module) -> None:
+        # Not through the handle of the hook: it does not survive a copy of the model.
+        embeddings = self._backbone.embeddings(model)
+        for key, hook in list(embeddings._forward_pre_hooks.items()):
+            if isinstance(hook, EmbeddingsHook):
+                del embeddings._forward_pre_hooks[key]
+                embeddings._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict) -> PromptConfig:
         return peft_config  # `_prepare_model` fills it in: it needs the model itself
@@ -96,6 +140,7 @@ class PromptTuner(BaseTuner):
     def _prepare_model(self, peft_config: PromptConfig, model: nn.Module) -> None:
         """Completes the config from the model. All checks stand here, before anything is changed."""
         backbone = find_backbone(model)
+        was_completed = peft_config.token_dim is not None
         for name, found in (("token_dim", backbone.hidden_size), ("num_layers", backbone.num_layers)):
             expected = getattr(peft_config, name)
             if expected not in (None, found):
@@ -109,26 +154,15 @@ class PromptTuner(BaseTuner):
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = layers
         pattern = rf"(?:.*\.)?{re.escape(backbone.record.blocks)}\.(?:{'|'.join(map(str, layers))})"
-        if peft_config.target_modules not in (None, pattern):
+        # A config that was completed before holds the names that its own release of Transformers had for the blocks.
+        if peft_config.target_modules is not None and not was_completed:
             peft_config.fail("target_modules", "None: the blocks are found by the record; see layers_to_transform")
         self.check_backbone(peft_config, backbone)
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = list(backbone.heads)
-        self._check_saved_names(peft_config, backbone)
         self._check_modules_to_save(peft_config, model)
         peft_config.target_modules = pattern
         self._backbone = backbone
-
-    def _check_saved_names(self, peft_config: PromptConfig, backbone: Backbone) -> None:
-        """Raises if the adapter file names blocks as another class of model does, which PEFT would only warn of."""
-        blocks = f"{backbone.root}.{backbone.record.blocks}.".lstrip(".")
-        saved = [key for key in peft_config.saved_shapes if f".{self.prefix}prompts." in key]
-        if not all(key.startswith(blocks) for key in saved):
-            wanted = (peft_config.auto_mapping or {}).get("base_model_class", "the class it was trained with")
-            raise ValueError(
-                f"Found {saved[0]} in the adapter file and blocks called {blocks}* in a {type(self.model).__name__}. "
-                f"Names must be the same. Load the adapter into a model of the class it was saved from ({wanted})."
-            )
 
     @staticmethod
     def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:
@@ -186,6 +220,7 @@ class PromptTuner(BaseTuner):
             if not isinstance(blocks[index], PromptedBlock):
                 blocks[index] = PromptedBlock(blocks[index], index, backbone, self.prefix)
                 blocks[index].set_adapter(self.active_adapters)
+                blocks[index].insertion = self._insertion
         for block in self.prompted_blocks():
             if block.index > 0 and isinstance(blocks[0], PromptedBlock):
                 block._first = [blocks[0]]
@@ -203,7 +238,9 @@ class PromptTuner(BaseTuner):
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 self.model.set_submodule(name, module.original_module)
-        return super().unload().train(training)
+        model = super().unload().train(training)
+        self._remove_embeddings_hook(model)
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
@@ -249,6 +286,13 @@ class PromptTuner(BaseTuner):
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         verify_tensors(config, state_dict)
+        # The number of a block says which one is meant. Its path may be another one than when the adapter was saved:
+        # in a model with or without a task head, or in another release of Transformers.
+        paths = {module.index: name for name, module in model.named_modules() if isinstance(module, PromptedBlock)}
+        marker = f".{cls.prefix}prompts."
+        for key in [key for key in state_dict if marker in key]:
+            path, _, rest = key.partition(marker)
+            state_dict[f"{paths[int(path.rpartition('.')[2])]}{marker}{rest}"] = state_dict.pop(key)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -274,11 +318,18 @@ class PromptTuner(BaseTuner):
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
                 f"and {len(images)} respectively."
             )
+        wrappers = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        without = {name for wrapper in wrappers for name in set(adapter_names) - wrapper._adapters - {BASE_ADAPTER}}
+        if without:
+            raise ValueError(
+                f"Found adapters without a head of their own in `adapter_names`: {', '.join(sorted(without))}, beside "
+                "adapters that have one. All need one or none. Give them one with modules_to_save."
+            )
         hook = partial(_pass_adapter_names, adapter_names=list(adapter_names))
+        # First among the hooks, so that the one on the embeddings finds the names and takes them out again.
         handles = [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, (PromptedBlock, AuxiliaryTrainingWrapper))
+            module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            for module in [*self.prompted_blocks(), *wrappers, self._backbone.embeddings(self.model)]
         ]
         try:
             yield

@@ -12,6 +12,7 @@ class BPTModel(PromptTuner):
     """A frozen vision transformer with prompts of low rank in its blocks. See `BPTConfig`."""
 
     prefix = "hfvpt_bpt_"
+    config_cls = BPTConfig
 
     def check_backbone(self, config: BPTConfig, backbone: Backbone) -> None:
         config.check_rank(backbone.hidden_size)

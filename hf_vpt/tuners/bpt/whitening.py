@@ -16,7 +16,7 @@ Estimate = Literal["tokens", "image_mean"]
 
 
 def whitening_matrix(covariance: torch.Tensor, floor: float = 1e-6) -> torch.Tensor:
-    """U·S^(−1/2)·Vᵀ of the singular value decomposition of a covariance (BPT, arXiv 2506.22908, section 3.2).
+    """U·S^(−1/2)·Vᵀ of the singular value decomposition of a covariance (BPT, arXiv 2506.22908).
 
     Args:
         covariance: `(D, D)`.
@@ -48,15 +48,21 @@ class WhiteningStatistics:
         if estimate not in get_args(Estimate):
             raise ValueError(f"estimate is {estimate!r}. It must be one of {', '.join(get_args(Estimate))}.")
         # Sums over many tokens of squares: float64, or the small singular values are rounding noise.
-        self.product = query_weight.double() @ key_weight.double().T
+        # On the CPU, because not every accelerator knows float64.
+        self.product = query_weight.cpu().double() @ key_weight.cpu().double().T
         self.estimate = estimate
         self.total = 0.0
         self.num_images = 0
 
     def update(self, block_inputs: torch.Tensor) -> None:
         """Adds the inputs of the block for some images, `(B, T, D)`."""
-        mapped = self.product @ block_inputs.double().mT
-        self.total = self.total + (mapped @ mapped.mT if self.estimate == "tokens" else mapped).sum(dim=0)
+        mapped = self.product @ block_inputs.cpu().double().mT
+        if self.estimate == "tokens":
+            # All tokens of all images side by side, (D, B·T): no (D, D) matrix for each image.
+            tokens = mapped.transpose(0, 1).flatten(1)
+            self.total = self.total + tokens @ tokens.T
+        else:
+            self.total = self.total + mapped.sum(dim=0)
         self.num_images += len(block_inputs)
 
     def covariance(self) -> torch.Tensor:
@@ -89,15 +95,15 @@ def initialize_whitening(
         floor: See `whitening_matrix`. The published estimate goes with 0.
 
     Raises:
-        ValueError: If the adapter has no whitened basis, or the batches hold no image.
+        ValueError: If the adapter has no whitened basis, the batches hold no image, or a matrix is not finite.
     """
     tuner = model.base_model if isinstance(model, PeftModel) else model
     prompts = tuner.prompts(adapter_name) if isinstance(tuner, BPTModel) else {}
     if not prompts or any(p.basis == "bilinear" for p in prompts.values()):
         raise ValueError(
-            f"Found no whitened basis in adapter {adapter_name or tuner.active_adapters[0]!r} of a "
-            f"{type(tuner).__name__}. Whitening needs BPTConfig(basis='fwhiten' or 'twhiten'). Make the adapter with "
-            "one of them, or leave this call out."
+            f"Found no BPT adapter with a whitened basis in a {type(tuner).__name__}, looking for "
+            f"{adapter_name or 'the active one'}. Whitening needs BPTConfig(basis='fwhiten' or 'twhiten'). Make the "
+            "adapter with one of them, or leave this call out."
         )
     blocks = {block.index: block for block in tuner.prompted_blocks() if block.index in prompts}
     statistics = {
@@ -125,8 +131,15 @@ def initialize_whitening(
         tuner.train(training)
     if not all(s.num_images for s in statistics.values()):
         raise ValueError("Found no images in the batches. Whitening needs at least one. Pass a dataloader.")
+    whitening = {index: whitening_matrix(statistics[index].covariance(), floor) for index in prompts}
+    broken = [index for index, matrix in whitening.items() if not matrix.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"Found whitening matrices that are not finite in the blocks {broken}. The covariance of the images must "
+            "be finite and not zero, and with floor=0 of full rank. Give more images, or a floor above 0."
+        )
     for index, block_prompts in prompts.items():
-        block_prompts.set_basis(whitening_matrix(statistics[index].covariance(), floor))
+        block_prompts.set_basis(whitening[index])
 
 
 class _Collect:

@@ -36,7 +36,8 @@ def policy_state(scores: torch.Tensor, blocks: torch.Tensor, num_blocks: int, le
     counts = torch.bincount(blocks, minlength=num_blocks).double()
     left = nn.functional.one_hot(blocks[leaving], num_blocks).double()
     staying = counts - left
-    return torch.cat([(sums - sums.mean()) / (sums.std(correction=0) + 1e-8), staying / staying.sum(), left])
+    standardised = (sums - sums.mean()) / (sums.std(correction=0) + 1e-8)
+    return torch.cat([standardised, staying / staying.sum().clamp(min=1), left])
 
 
 class PPOAllocation:
@@ -44,13 +45,12 @@ class PPOAllocation:
 
     Actor and critic are MLPs 3L–64–64–(L softmax | 1) with tanh. After every `horizon` rewards both learn for `epochs`
     steps from −min(ρA, clip(ρ, 1 − ε, 1 + ε)·A) + value_coef·(V − R)² − entropy_coef·entropy, with returns R
-    standardised over the buffer and advantages A = R − V_old (PRO-VPT, arXiv 2503.06901, section 3.3 and published
-    settings).
+    standardised over the buffer and advantages A = R − V_old (PRO-VPT, arXiv 2503.06901; published settings).
 
     Args:
         num_blocks: Number L of blocks.
         seed: Seed of the initial weights and of the draws.
-        horizon: Rewards between two updates.
+        horizon: Rewards between two updates, at least 2.
         gamma: Discount of later rewards, in [0, 1].
         epochs: Steps of one update.
         clip_epsilon: ε.
@@ -73,6 +73,11 @@ class PPOAllocation:
         value_coef: float = 0.5,
         entropy_coef: float = 0.01,
     ):
+        if horizon < 2 or not 0 <= gamma <= 1 or clip_epsilon <= 0:
+            raise ValueError(
+                f"horizon is {horizon}, gamma {gamma}, clip_epsilon {clip_epsilon}. Returns are standardised over the "
+                "buffer, so horizon must be at least 2; gamma must lie in [0, 1] and clip_epsilon above 0."
+            )
         self.horizon, self.gamma, self.epochs, self.clip_epsilon = horizon, gamma, epochs, clip_epsilon
         self.value_coef, self.entropy_coef = value_coef, entropy_coef
         with torch.random.fork_rng(devices=[]):
@@ -153,7 +158,7 @@ class PPOAllocation:
 
 
 class ThompsonAllocation:
-    """Names the block with the largest draw from its Beta(successes, failures) (PRO-VPT, arXiv 2503.06901, appendix).
+    """Names the block with the largest draw from its Beta(successes, failures) (PRO-VPT, arXiv 2503.06901).
 
     A move is a success if its reward is not negative.
 

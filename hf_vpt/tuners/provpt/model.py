@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..base import BlockLayout, PromptTuner
@@ -22,6 +23,7 @@ class PROVPTModel(PromptTuner):
     """A frozen vision transformer with a pool of prompts that move between its blocks. See `PROVPTConfig`."""
 
     prefix = "hfvpt_provpt_"
+    config_cls = PROVPTConfig
 
     @classmethod
     def make_prompts(cls, config: PROVPTConfig, layout: BlockLayout, peers: list[PROVPTPrompts]) -> PROVPTPrompts:
@@ -38,10 +40,16 @@ class PROVPTModel(PromptTuner):
 
     def record_scores(self, adapter_name: str | None = None) -> ScoreRecorder:
         """A recorder of idleness scores for a loop of one's own. See `ScoreRecorder`."""
-        config = self.peft_config[adapter_name or self.active_adapters[0]]
-        head = [
-            parameter for name in config.modules_to_save for parameter in self.model.get_submodule(name).parameters()
-        ]
+        name = adapter_name or self.active_adapters[0]
+        if self.active_adapters != [name] or any(block.disable_adapters for block in self.prompted_blocks()):
+            raise ValueError(
+                f"Found the adapters {self.active_adapters} active, some perhaps disabled, and a request for the "
+                f"scores of {name!r}. Scores come from forward passes with that adapter alone. Call "
+                f"`model.set_adapter({name!r})` first, outside of `disable_adapter()`."
+            )
+        config = self.peft_config[name]
+        wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        head = [parameter for wrapper in wrappers for parameter in wrapper.parameters()]
         return ScoreRecorder(self.prompted_blocks(), self.prompts(adapter_name), head, config.score, config.score_clip)
 
     def score_prompts(

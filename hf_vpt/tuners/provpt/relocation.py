@@ -21,10 +21,13 @@ class PromptScores:
         values: Score of each of the K prompts of the pool, `(K,)` in float64; prompt k is row k mod N of the pool's
             block k div N. The larger, the more idle.
         loss: Σ over the batches of (mean loss of the batch ÷ its number of images).
+        threshold: A prompt moves only with a score above this: 0 for gradients, where a positive one says that the
+            loss falls without the prompt; −∞ for norms, which only rank prompts.
     """
 
     values: torch.Tensor
     loss: float
+    threshold: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Relocation:
         prompt: Number of the prompt with the largest score in the pool.
         score: Its score.
         source: Block that it served.
-        target: Block that it serves now; None where no move was tried (warm-up, or no positive score).
+        target: Block that it serves now; None where no move was tried (warm-up, or no score above the threshold).
         reward: Reward of the move before; None where there was none.
         policy_loss: Loss of the policy's update; None where it did not learn now.
         distribution: Number of prompts in each block of the pool afterwards.
@@ -126,15 +129,16 @@ class ScoreRecorder:
         """
         if self.kind != "norm":
             tensors = [tensor for _, tensor, _ in self._watched]
-            gradients = torch.autograd.grad(loss, tensors + self.head, retain_graph=retain_graph)
+            # A module to save beside the head may have no part in the loss.
+            gradients = torch.autograd.grad(loss, tensors + self.head, retain_graph=retain_graph, allow_unused=True)
             scores = torch.zeros_like(self.total)
             for (block, _, prompts), gradient in zip(self._watched, gradients, strict=False):
                 ids = torch.tensor([o * self.num_rows + r for o, r in self.prompts[block.index].rows()])
-                scores[ids] += self._block_scores(block, prompts, gradient).cpu()
+                scores[ids] += self._block_scores(block, prompts, gradient)
             if self.clip is not None:
-                head = sum(gradient.double().square().sum().cpu() for gradient in gradients[len(tensors) :])
-                norm = (scores.square().sum() + head).sqrt()
-                scores *= (self.clip / (norm + 1e-6)).clamp(max=1.0)
+                head = [gradient for gradient in gradients[len(tensors) :] if gradient is not None]
+                squares = scores.square().sum() + sum(gradient.cpu().double().square().sum() for gradient in head)
+                scores *= (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             self.total += scores
         self._watched.clear()
         self.loss += loss.item() / batch_size
@@ -143,11 +147,12 @@ class ScoreRecorder:
     def _block_scores(self, block: PromptedBlock, prompts: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Scores `(N,)` of a block's prompts from the gradient to what was watched."""
         if self.kind == "attention":
-            return gradient.double().flatten()
-        norm, prompts, gradient = block.norm, prompts.double(), gradient.double()
+            return gradient.cpu().double().flatten()
+        # On the CPU, because not every accelerator knows float64.
+        norm, prompts, gradient = block.norm, prompts.cpu().double(), gradient.cpu().double()
         variance = prompts.var(dim=-1, correction=0, keepdim=True)
         normalised = (prompts - prompts.mean(dim=-1, keepdim=True)) * (variance + norm.eps).rsqrt()
-        inner = (gradient * norm.weight.double() * normalised).sum(dim=-1)
+        inner = (gradient * norm.weight.cpu().double() * normalised).sum(dim=-1)
         return (inner * (norm.eps / (variance[..., 0] + norm.eps))).sum(dim=0)
 
     def result(self) -> PromptScores:
@@ -160,11 +165,11 @@ class ScoreRecorder:
         norms = torch.cat([p.prompt_embeddings.detach().double().norm(dim=1).cpu() for p in pool])
         served = torch.tensor([block for prompts in pool for block in prompts.serves])
         sums = torch.zeros(int(served.max()) + 1, dtype=torch.float64).index_add_(0, served, norms)
-        return PromptScores(-norms / sums[served], self.loss)
+        return PromptScores(-norms / sums[served], self.loss, threshold=float("-inf"))
 
 
 class Relocator:
-    """Moves prompts between blocks, one at most in each epoch (PRO-VPT, arXiv 2503.06901, algorithm 1).
+    """Moves prompts between blocks, one at most in each epoch (PRO-VPT, arXiv 2503.06901).
 
     Args:
         policy: Names the block for a prompt.
@@ -197,7 +202,7 @@ class Relocator:
         positions = {prompts.index: position for position, prompts in enumerate(pool)}
         owner, row = divmod(leaving, len(pool[0].serves))
         source = pool[owner].serves[row]
-        if self.epoch >= self.warmup and highest > 0:
+        if self.epoch >= self.warmup and highest > scores.threshold:
             blocks = torch.tensor([positions[block] for prompts in pool for block in prompts.serves])
             state = policy_state(scores.values, blocks, len(pool), leaving)
             target = pool[self.policy.act(state)].index

@@ -13,7 +13,7 @@ class VPTConfig(PromptConfig):
     """Adapts a frozen ViT with a table of learned prompts: visual prompt tuning (VPT, arXiv 2203.12119).
 
     P_i = dropout(E_i), or dropout(E_i·Aᵀ + a) with a projection; E `(L, N, d)` is learned, deep with one table for
-    each block (VPT-Deep, eq. 6 and 7), shallow with one before block 0 (VPT-Shallow, eq. 4 and 5).
+    each block (VPT-Deep, eq. 7), shallow with one before block 0 (VPT-Shallow, eq. 4 to 6).
 
     Tuned numbers: L·N·D (shallow: N·D); with a projection L·N·d + d·D + D. ViT-B/16, N=50, deep: 460,800.
 

@@ -11,6 +11,7 @@ class VPTModel(PromptTuner):
     """A frozen vision transformer with learned prompts in its blocks. See `VPTConfig`."""
 
     prefix = "hfvpt_vpt_"
+    config_cls = VPTConfig
 
     @classmethod
     def make_prompts(cls, config: VPTConfig, layout: BlockLayout, peers: list[VPTPrompts]) -> VPTPrompts:
