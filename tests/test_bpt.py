@@ -60,6 +60,11 @@ def inverse_root(covariance: torch.Tensor, floor: float) -> torch.Tensor:
     return vectors @ torch.diag(values.clamp(min=floor * values.max()) ** -0.5) @ vectors.T
 
 
+def tensors_of(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
+    prompts = model.base_model.prompts(adapter_name).values()
+    return [tensor.clone() for p in prompts for tensor in p.state_dict().values()]
+
+
 # Prompts
 
 
@@ -306,15 +311,10 @@ def test_whitening_leaves_mode_gradients_and_all_other_tensors_alone(basis, trai
 def test_whitening_of_one_adapter_leaves_the_others_alone(pixel_values):
     model = prompted(basis="twhiten", init_weights=True)
     model.add_adapter("other", BPTConfig(num_virtual_tokens=2, rank=4, basis="fwhiten", init_weights=False))
-    before = get_state(model, "other")
+    before = tensors_of(model, "other")
     initialize_whitening(model, [pixel_values], adapter_name="default")
-    assert all(torch.equal(a, b) for a, b in zip(before, get_state(model, "other"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model, "other"), strict=True))
     output_of(model, pixel_values)
-
-
-def get_state(model: nn.Module, adapter_name: str) -> list[torch.Tensor]:
-    prompts = model.base_model.prompts(adapter_name).values()
-    return [tensor.clone() for p in prompts for tensor in p.state_dict().values()]
 
 
 @pytest.mark.parametrize("basis", WHITENED)
@@ -358,16 +358,16 @@ def test_an_adapter_without_a_whitened_basis_cannot_be_whitened(config, pixel_va
 
 def test_whitening_without_images_is_an_error_and_changes_nothing():
     model = prompted(basis="twhiten")
-    before = get_state(model, "default")
+    before = tensors_of(model, "default")
     with pytest.raises(ValueError, match="no images"):
         initialize_whitening(model, [])
-    assert all(torch.equal(a, b) for a, b in zip(before, get_state(model, "default"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model, "default"), strict=True))
 
 
 @pytest.mark.parametrize("cause", ["an image that is not finite", "a covariance of zero"])
 def test_a_whitening_that_is_not_finite_is_an_error_and_changes_nothing(cause):
     model, pixel_values = prompted(basis="twhiten"), images(2)
-    before = get_state(model, "default")
+    before = tensors_of(model, "default")
     if cause == "a covariance of zero":
         # Not even a floor helps: there is nothing for it to be relative to.
         nn.init.zeros_(model.base_model.prompted_blocks()[2].attention.q_proj.weight)
@@ -375,4 +375,4 @@ def test_a_whitening_that_is_not_finite_is_an_error_and_changes_nothing(cause):
         pixel_values[0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError):
         initialize_whitening(model, [pixel_values])
-    assert all(torch.equal(a, b) for a, b in zip(before, get_state(model, "default"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model, "default"), strict=True))

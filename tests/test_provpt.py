@@ -308,7 +308,7 @@ def test_relocation_moves_only_the_chosen_prompt_and_scales_it():
 
 
 def test_the_number_of_prompts_stays_the_same_over_many_moves():
-    model, generator = prompted(relocation_warmup=0), torch.Generator().manual_seed(0)
+    model, generator = prompted(relocation_warmup=0, allocation="thompson"), torch.Generator().manual_seed(0)
     targets = set()
     for _ in range(12):
         values = torch.rand(9, generator=generator).tolist()
@@ -391,7 +391,7 @@ def test_the_distribution_survives_a_deepcopy_and_then_goes_its_own_way(pixel_va
 
 
 def test_a_pool_over_some_blocks_moves_prompts_among_them_only():
-    model = prompted(layers_to_transform=[0, 2], relocation_warmup=0)
+    model = prompted(layers_to_transform=[0, 2], relocation_warmup=0, allocation="thompson")
     targets = set()
     for step in range(10):
         scores = PromptScores(torch.arange(6, dtype=torch.float64).roll(step), 1.0)
