@@ -26,9 +26,12 @@ def whitening_matrix(covariance: torch.Tensor, floor: float = 1e-6) -> torch.Ten
     Returns:
         `(D, D)`, in the dtype of the covariance.
     """
-    left, values, right = torch.linalg.svd(covariance.double())
-    values = values.clamp(min=floor * values[0])
-    return (left * values.rsqrt() @ right).to(covariance.dtype)
+    # The same matrix from eigenvectors: where singular values are equal or zero, U and V turn independently of each
+    # other, and the result would depend on rounding.
+    values, vectors = torch.linalg.eigh(covariance.double())
+    values = values.abs()
+    values = values.clamp(min=floor * values.max())
+    return (vectors * values.rsqrt() @ vectors.mT).to(covariance.dtype)
 
 
 class WhiteningStatistics:
@@ -97,6 +100,8 @@ def initialize_whitening(
     Raises:
         ValueError: If the adapter has no whitened basis, the batches hold no image, or a matrix is not finite.
     """
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}. It must be at least 1; the paper uses 100.")
     tuner = model.base_model if isinstance(model, PeftModel) else model
     prompts = tuner.prompts(adapter_name) if isinstance(tuner, BPTModel) else {}
     if not prompts or any(p.basis == "bilinear" for p in prompts.values()):
@@ -119,7 +124,7 @@ def initialize_whitening(
             block._disable_adapters = True  # leaves `requires_grad` alone, which `enable_adapters` does not
         for batch in batches:
             pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
-            tuner.model(pixel_values=pixel_values[: max(num_images, 0)].to(device))
+            tuner.model(pixel_values=pixel_values[:num_images].to(device))
             num_images -= len(pixel_values)
             if num_images <= 0:
                 break
@@ -131,13 +136,17 @@ def initialize_whitening(
         tuner.train(training)
     if not all(s.num_images for s in statistics.values()):
         raise ValueError("Found no images in the batches. Whitening needs at least one. Pass a dataloader.")
-    whitening = {index: whitening_matrix(statistics[index].covariance(), floor) for index in prompts}
-    broken = [index for index, matrix in whitening.items() if not matrix.isfinite().all()]
-    if broken:
-        raise ValueError(
-            f"Found whitening matrices that are not finite in the blocks {broken}. The covariance of the images must "
-            "be finite and not zero, and with floor=0 of full rank. Give more images, or a floor above 0."
-        )
+    whitening = {}
+    for index in prompts:
+        covariance = statistics[index].covariance()
+        # Decompositions refuse what is not finite with an error of their own.
+        matrix = whitening_matrix(covariance, floor) if covariance.isfinite().all() else covariance
+        if not matrix.isfinite().all():
+            raise ValueError(
+                f"Found a whitening matrix that is not finite in block {index}. The covariance of the images must be "
+                "finite and not zero, and with floor=0 of full rank. Give more images, or a floor above 0."
+            )
+        whitening[index] = matrix
     for index, block_prompts in prompts.items():
         block_prompts.set_basis(whitening[index])
 
