@@ -742,3 +742,31 @@ def test_a_sharded_model_gives_the_same_logits_and_gradients(adapter, pixel_valu
     torch.testing.assert_close(output, expected)
     output.square().mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_embeddings_have_no_dropout_in_a_model_without_a_tuner(pixel_values):
+    model = inject_adapter_in_model(ADAPTERS["vpt_deep"].config(), BACKBONES["vit"].build()).train()
+    assert torch.equal(output_of(model, pixel_values), output_of(model, pixel_values))
+
+
+def test_blocks_that_are_wrapped_later_take_the_same_way_in():
+    model = get_peft_model(BACKBONES["vit"].build(), ADAPTERS["vpt_deep"].config(layers_to_transform=[0]))
+    model.base_model.set_insertion("tokens")
+    model.add_adapter("all", ADAPTERS["vpt_deep"].config())
+    assert [block.insertion for block in model.base_model.prompted_blocks()] == ["tokens"] * 3
+
+
+def test_a_compiled_model_notices_prompts_that_cannot_arrive(pixel_values):
+    model = get_peft_model(BACKBONES["vit"].build(), ADAPTERS["vpt_deep"].config()).eval()
+    attention = model.base_model.prompted_blocks()[1].attention
+    attention.config = attention.config.unprompted
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="did not reach the attention"):
+        torch.compile(model, backend="eager")(pixel_values=pixel_values)
+
+
+def test_an_adapter_without_a_head_cannot_share_a_batch_with_one_that_has_a_head(pixel_values):
+    model = get_peft_model(BACKBONES["vit"].build(), ADAPTERS["vpt_deep"].config()).eval()
+    model.add_adapter("headless", ADAPTERS["vpt_deep"].config(modules_to_save=[]))
+    with pytest.raises(ValueError, match=r"without a head.*headless"):
+        model(pixel_values=pixel_values, adapter_names=["headless", "default", "default", "default"])

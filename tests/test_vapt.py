@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import BACKBONES, GRID, output_of
+from conftest import ADAPTERS, BACKBONES, GRID, output_of
 from peft import get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -317,3 +317,15 @@ def test_a_vit_b_tunes_as_many_numbers_as_the_formula_says(settings, expected):
         model = ViTForImageClassification(ViTConfig())
     model = get_peft_model(model, VAPTConfig(num_virtual_tokens=10, modules_to_save=[], **settings))
     assert model.get_nb_trainable_parameters()[0] == expected
+
+
+def test_the_grids_of_the_adapters_that_a_batch_names_are_checked(pixel_values):
+    model = prompted(VIT.build(image_size=48), grid=[3, 3])
+    model.add_adapter("wide", ADAPTERS["vapt"].config(grid=[2, 3]))
+    model.eval()
+    images = torch.randn(2, 3, 48, 48)
+    assert model(pixel_values=images, adapter_names=["default", "__base__"]).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"3 × 3 patches.* made for 2 × 3"):
+        model(pixel_values=images, adapter_names=["default", "wide"])
+    model.set_adapter("wide")
+    assert model(pixel_values=images, adapter_names=["default", "__base__"]).logits.isfinite().all()

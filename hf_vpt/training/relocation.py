@@ -37,7 +37,8 @@ class RelocationCallback(TrainerCallback):
             # same block: the policies start from one seed.
             shared = torch.cat([scores.values, torch.tensor([scores.loss], dtype=torch.float64)]).to(args.device)
             shared = reduce(shared, reduction="mean").cpu()
-            scores = replace(scores, values=shared[:-1], loss=shared[-1].item() * args.world_size)
+            # Batches of one step make one global batch: its mean loss, divided by all its images.
+            scores = replace(scores, values=shared[:-1], loss=shared[-1].item() / args.world_size)
         move = tuner.relocate(scores)
         entry = {
             "relocation": "none" if move.target in (None, move.source) else f"{move.source} -> {move.target}",
