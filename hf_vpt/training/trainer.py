@@ -39,9 +39,10 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in five ways: the loss is `ClassificationLoss`; learning rates may scale
-    with the batch; the head may have a learning rate and weight decay of its own; every checkpoint of an adapter
-    holds the names of the classes (`id2label.json`); and checkpoints of whole models are restored completely.
+    It differs from `transformers.Trainer` in six ways: the loss is `ClassificationLoss`; learning rates may scale
+    with the batch; the head may have a learning rate and weight decay of its own; of several equally good epochs the
+    last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`); and
+    checkpoints of whole models are restored completely.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -88,6 +89,16 @@ class ImageClassificationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
             save_label_names(model, output_dir or self.args.output_dir)
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        name = "eval_" + (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not is_best and metrics.get(name) == self.state.best_metric:
+            # A small validation set gives several epochs the same score. Trainer keeps the first of them, which has
+            # learned least.
+            self.state.best_global_step = self.state.global_step
+            return True
+        return is_best
 
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
