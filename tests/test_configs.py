@@ -36,6 +36,7 @@ BAD = {
         "target_modules": [["layers.0"], 1, True],
         "token_dim": COUNTS_OR_NONE,
         "num_layers": COUNTS_OR_NONE,
+        "hf_vpt_version": [1, 0.1, True],
     },
     "vpt": {"projection_dim": COUNTS_OR_NONE},
     "vapt": {

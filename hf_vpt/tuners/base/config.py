@@ -34,6 +34,7 @@ class PromptConfig(PeftConfig):
         target_modules: Filled in from the backbone record; leave it `None`.
         token_dim: Width D that the adapter was made for. Filled in from the model.
         num_layers: Number of blocks of the model that the adapter was made for. Filled in from the model.
+        hf_vpt_version: Version of this package that the adapter was made with. Filled in.
 
     Raises:
         ValueError: If a field holds a wrong type, a value out of its range, or does not go with another field.
@@ -62,11 +63,20 @@ class PromptConfig(PeftConfig):
     num_layers: int | None = field(
         default=None, metadata={"help": "Number of blocks; filled in from the model.", "filled_in": True}
     )
+    hf_vpt_version: str | None = field(
+        default=None, metadata={"help": "Version that made the adapter; filled in.", "filled_in": True}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         # JSON gives a string back; PEFT compares members.
         self.peft_type = PeftType[self.method_name]
+        if self.hf_vpt_version is None:
+            from ... import __version__  # complete by now; this module is imported on the way there
+
+            self.hf_vpt_version = __version__
+        elif not isinstance(self.hf_vpt_version, str):
+            self.fail("hf_vpt_version", "a version such as '0.1.0' or None")
         if self.task_type is not None:
             self.fail("task_type", "None: PEFT has no task type for images")
         self.check_int("num_virtual_tokens", low=1)
