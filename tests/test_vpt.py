@@ -29,15 +29,15 @@ def tables_of(model: nn.Module) -> dict[int, torch.Tensor]:
     return {index: p.prompt_embeddings @ projection.weight.T + projection.bias for index, p in prompts.items()}
 
 
-def root_of(model: nn.Module, record) -> nn.Module:
-    """The part of a bare model that holds the embeddings, the blocks and the final norm."""
-    return getattr(model, {"vit_msn": "vit"}.get(record.model_type, record.model_type))
+def root_of(model: nn.Module) -> nn.Module:
+    """The part of a bare classifier that holds the embeddings, the blocks and the final norm."""
+    return getattr(model, model.base_model_prefix)
 
 
 def concatenate_run_strip(backbone, model, tables, pixel_values, deep: bool = True) -> torch.Tensor:
     """Last hidden state of a bare model whose block i runs on [prefix, P_i, patches]: VPT, eq. 4 to 7."""
     record = RECORDS[backbone.model_type]
-    root, prefix = root_of(model, record), backbone.num_prefix_tokens
+    root, prefix = root_of(model), backbone.num_prefix_tokens
     hidden = root.get_submodule(record.embeddings)(pixel_values)
     blocks = root.get_submodule(record.blocks)
     for index, block in enumerate(blocks):
@@ -63,9 +63,9 @@ def test_prompts_act_as_tokens_concatenated_by_hand(name, settings, pixel_values
     model = prompted(backbone.build(), **settings)
     bare = backbone.build()
     expected = concatenate_run_strip(backbone, bare, tables_of(model), pixel_values, settings.get("deep", True))
-    found = root_of(model.base_model.model, RECORDS[backbone.model_type])(pixel_values).last_hidden_state
+    found = root_of(model.base_model.model)(pixel_values).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    without = root_of(bare, RECORDS[backbone.model_type])(pixel_values).last_hidden_state
+    without = root_of(bare)(pixel_values).last_hidden_state
     assert (found - without).abs().max() > 1e-2, "the prompts changed nothing"
 
 
