@@ -364,6 +364,12 @@ def test_whitening_without_images_is_an_error_and_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(model, "default"), strict=True))
 
 
+@pytest.mark.parametrize("num_images", [0, -1])
+def test_whitening_with_less_than_one_image_is_refused(num_images):
+    with pytest.raises(ValueError, match=f"num_images is {num_images}"):
+        initialize_whitening(prompted(basis="twhiten"), [images(2)], num_images=num_images)
+
+
 @pytest.mark.parametrize("cause", ["an image that is not finite", "a covariance of zero"])
 def test_a_whitening_that_is_not_finite_is_an_error_and_changes_nothing(cause):
     model, pixel_values = prompted(basis="twhiten"), images(2)

@@ -150,6 +150,22 @@ def test_gate_scores_stay_accurate_in_single_precision_for_prompts_of_deviation_
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_gate_scores_are_right_where_the_plain_inner_product_is_rounding_noise(eps):
+    model, batch = prompted(torch.float32, deviation=1.0, eps=eps), batches_of(torch.float32)[0]
+    found = model.base_model.score_prompts([batch]).values
+    model(**batch).loss.backward()
+    tables = [prompts.prompt_embeddings for prompts in model.base_model.prompts().values()]
+    plain = torch.cat([(table.grad * table.detach()).sum(dim=1) for table in tables]).double()
+    double = {"pixel_values": batch["pixel_values"].double(), "labels": batch["labels"]}
+    expected = prompted(deviation=1.0, eps=eps).base_model.score_prompts([double]).values
+    if eps == 1e-6:  # a smaller one float64 does not resolve either
+        torch.testing.assert_close(expected, gate_scores_by_hand(prompted(deviation=1.0), double), rtol=1e-6, atol=0)
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 1e-3 * scale
+    assert (plain - expected).abs().max() > 1e-2 * scale, "the plain product would do"
+
+
 def test_gate_scores_of_prompts_with_dropout_use_the_masks_of_the_forward_pass():
     model, batch = prompted(deviation=0.003, prompt_dropout=0.5).train(), batches_of()[0]
     dropped = {}
@@ -337,6 +353,26 @@ def test_moved_prompts_act_in_their_new_block_and_an_emptied_block_works():
     assert model.base_model.score_prompts([batch]).values.isfinite().all()
 
 
+@pytest.mark.parametrize("insertion", ["keys_values", "tokens"])
+def test_an_emptied_block_computes_what_the_bare_block_does(insertion):
+    model = prompted(prompt_dropout=0.5).train()
+    model.base_model.set_insertion(insertion)
+    for row in range(3):
+        move(model, 1, row, 0)
+    block, hidden = model.base_model.prompted_blocks()[1], torch.randn(2, 7, 16, dtype=torch.float64)
+    assert torch.equal(block(hidden), block.base_layer(hidden))
+    assert model(**batches_of()[0]).loss.isfinite()
+
+
+def test_a_prompt_that_comes_back_is_where_it_was(pixel_values):
+    model = prompted(torch.float32)
+    before = output_of(model, pixel_values)
+    for block in (2, 0, 1):
+        move(model, 1, 1, block)
+    assert model.base_model.distribution() == {0: 3, 1: 3, 2: 3}
+    assert torch.equal(output_of(model, pixel_values), before)
+
+
 def test_a_moved_prompt_gets_its_gradient_through_its_new_block():
     model, batch = prompted(), batches_of()[0]
     move(model, 0, 2, 1)
@@ -521,6 +557,46 @@ def test_ppo_learns_to_prefer_the_block_that_is_rewarded():
     losses = [policy.observe(1.0 if policy.act(state) == 2 else 0.0) for _ in range(96)]
     assert [loss is not None for loss in losses] == 12 * (7 * [False] + [True]), "learned at another time"
     assert policy.actor(state).softmax(dim=-1)[2].item() > 0.8
+
+
+def test_the_loss_of_one_ppo_step_is_the_formula_written_out():
+    policy, states = PPOAllocation(3, epochs=1), torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        log_probs, values = policy.actor(states).log_softmax(dim=-1), policy.critic(states)[:, 0]
+    actions = torch.tensor([2, 0])
+    # Old log-probabilities that make these ratios; the clip to 1.2 and 0.8 counts in both steps.
+    ratios = [1.5, 0.5]
+    old = torch.stack([log_probs[0, 2], log_probs[1, 0]]) - torch.tensor(ratios).log()
+    returns = [0.3 - 0.2, -0.2]
+    mean, deviation = sum(returns) / 2, abs(returns[0] - returns[1]) / 2**0.5
+    returns = [(value - mean) / (deviation + 1e-8) for value in returns]
+    expected = 0.0
+    for step in range(2):
+        advantage = returns[step] - values[step].item()
+        clipped = min(max(ratios[step], 0.8), 1.2)
+        entropy = -sum(p.exp() * p for p in log_probs[step]).item()
+        expected += -min(ratios[step] * advantage, clipped * advantage) / 2
+        expected += 0.5 * (values[step].item() - returns[step]) ** 2 / 2 - 0.01 * entropy / 2
+    assert policy.update(states, actions, old, values, [0.3, -0.2]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_ppo_learns_after_every_second_reward_also_under_no_grad():
+    policy, learned = PPOAllocation(3, epochs=2), []
+    with torch.no_grad():
+        for reward in (1.0, -1.0, 0.5, 2.0):
+            before = policy.actor[0].weight.clone()
+            policy.act(torch.linspace(-1, 1, 9))
+            loss = policy.observe(reward)
+            learned.append(loss is not None)
+            assert torch.equal(policy.actor[0].weight, before) == (loss is None)
+    assert learned == [False, True, False, True]
+
+
+@pytest.mark.parametrize("settings", [{"horizon": 1}, {"gamma": 1.5}, {"gamma": -0.1}, {"clip_epsilon": 0.0}], ids=str)
+def test_a_ppo_policy_that_cannot_learn_is_refused(settings):
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=rf"{name} (is )?{value}"):
+        PPOAllocation(3, **settings)
 
 
 def test_two_ppo_policies_of_one_seed_do_the_same_and_leave_torchs_generator_alone():

@@ -278,6 +278,12 @@ def test_a_kernel_that_does_not_fit_into_the_models_grid_is_refused():
         get_peft_model(VIT.build(), VAPTConfig(kernel_size=3))
 
 
+@pytest.mark.parametrize(("layers", "num_blocks"), [(None, 3), ([0, 2], 2)])
+def test_more_static_blocks_than_there_are_is_refused(layers, num_blocks):
+    with pytest.raises(ValueError, match=rf"VAPTConfig.num_static_layers is 4\. .*{num_blocks}"):
+        get_peft_model(VIT.build(), VAPTConfig(num_static_layers=4, layers_to_transform=layers))
+
+
 def test_an_mae_that_hides_patches_is_refused():
     model = BACKBONES["vit_mae"].build(mask_ratio=0.75)
     with pytest.raises(ValueError, match=r"hides 75% of the patches"):
