@@ -53,7 +53,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     Example:
         >>> settings = parse_arguments(["--config", "configs/vpt/digits.yaml", "--learning_rate", "0.5"])
         >>> settings.peft_config.num_virtual_tokens, settings.training.learning_rate
-        (10, 0.5)
+        (20, 0.5)
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # The method decides which other options exist, so it is read before them.
