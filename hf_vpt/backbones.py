@@ -21,8 +21,7 @@ class BackboneRecord:
         norm: Name of the pre-attention norm in a block.
         attention: Name of the attention module in a block; it has `q_proj`, `k_proj`, `v_proj` and `head_dim`,
             and calls the function that Transformers' attention interface names.
-        embeddings: Path of the module that turns pixels into tokens.
-        patch_embeddings: Name, in the embeddings, of the module whose input are the pixels `(B, C, H, W)`.
+        embeddings: Path of the module that turns pixels `(B, C, H, W)` into tokens.
         prefix_tokens: Names, in the embeddings, of the `(1, n, D)` parameters that stand before the patches. Absent
             ones and `None` count as zero tokens, so that one record serves models with and without them.
         heads: Names, in a model with a task head, of the modules to train together with the prompts.
@@ -35,7 +34,6 @@ class BackboneRecord:
     norm: str = "layernorm_before"
     attention: str = "attention"
     embeddings: str = "embeddings"
-    patch_embeddings: str = "patch_embeddings"
     prefix_tokens: tuple[str, ...] = ("cls_token",)
     heads: tuple[str, ...] = ("classifier",)
     shuffles_patches: bool = False
@@ -94,7 +92,11 @@ class Backbone:
 
     def embeddings(self, model: nn.Module) -> nn.Module:
         """The module of `model` that turns pixels into tokens."""
-        return model.get_submodule(f"{self.root}.{self.record.embeddings}".lstrip("."))
+        return _below(model, self.root, self.record.embeddings)
+
+    def blocks(self, model: nn.Module) -> nn.Module:
+        """The list of blocks of `model`, wrapped or not."""
+        return _below(model, self.root, self.record.blocks)
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in an image of `height` × `width` pixels."""
@@ -129,7 +131,7 @@ def find_backbone(model: nn.Module) -> Backbone:
             f"list of blocks called {record.blocks!r}. Pass the part of the model that holds one backbone."
         )
     root = roots[0]
-    embeddings = model.get_submodule(f"{root}.{record.embeddings}".lstrip("."))
+    embeddings = _below(model, root, record.embeddings)
     prefix = [getattr(embeddings, name, None) for name in record.prefix_tokens]
     image_size, patch_size = _pair(config.image_size), _pair(config.patch_size)
     heads = [name for name in record.heads if any(True for _ in _parameters(model, name))]
@@ -143,6 +145,11 @@ def find_backbone(model: nn.Module) -> Backbone:
         grid=(image_size[0] // patch_size[0], image_size[1] // patch_size[1]),
         heads=tuple(heads),
     )
+
+
+def _below(model: nn.Module, root: str, path: str) -> nn.Module:
+    """The module at `path` below the backbone's root."""
+    return model.get_submodule(f"{root}.{path}".lstrip("."))
 
 
 def _parameters(model: nn.Module, name: str):

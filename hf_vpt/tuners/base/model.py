@@ -215,7 +215,7 @@ class PromptTuner(BaseTuner):
     def _wrap_blocks(self, indices: range | list[int]) -> None:
         """Wraps blocks that are not wrapped yet. Shallow prompts need all of them: they pass through each."""
         backbone = self._backbone
-        blocks = self.model.get_submodule(f"{backbone.root}.{backbone.record.blocks}".lstrip("."))
+        blocks = backbone.blocks(self.model)
         for index in indices:
             if not isinstance(blocks[index], PromptedBlock):
                 blocks[index] = PromptedBlock(blocks[index], index, backbone, self.prefix)
