@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface, ViTModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_vpt.attention import PromptedAttentionConfig
+from hf_vpt.attention.interface import PromptedAttentionConfig
 from hf_vpt.tuners.base import PromptedBlock
 
 

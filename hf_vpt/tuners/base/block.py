@@ -14,13 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import _active_collector
 
-from ...attention import (
-    KEYS_VALUES,
-    PromptedAttentionConfig,
-    PromptKeysValues,
-    close_attention_for_prompts,
-    open_attention_for_prompts,
-)
+from ...attention import INSERTED, AttentionAccess, InsertedPrompts, PromptKeysValues, insert_into_mask
 from ...backbones import Backbone
 from .prompts import Prompts
 
@@ -36,11 +30,13 @@ class PromptBatch:
         prompts: `(G, N, D)`, each entry once.
         rows: Entry that each image uses, `(B,)`; None where entry b is image b's, or the only one is everybody's.
         absent: Positions that are padding, `(B, N)` boolean; None where there is none.
+        pooled: Positions whose outputs go into the image's feature, `(1|B, N)` boolean; None where none do.
     """
 
     prompts: torch.Tensor
     rows: torch.Tensor | None = None
     absent: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         """What takes the padding out of attention, `(B, 1, 1, N)`, to be added to the logits."""
@@ -48,14 +44,34 @@ class PromptBatch:
             return None
         return self.absent[:, None, None].to(dtype) * torch.finfo(dtype).min
 
+    def for_images(self, batch_size: int) -> PromptBatch:
+        """The same with an entry for each of B images."""
+        prompts = self.prompts if self.rows is None else self.prompts[self.rows]
+        return PromptBatch(prompts.expand(batch_size, -1, -1), None, self.absent, self.pooled)
+
+    def followed_by(self, other: PromptBatch | None) -> PromptBatch:
+        """This batch, of one entry an image, and another one side by side."""
+        if other is None:
+            return self
+        batch_size, num_prompts, _ = self.prompts.shape
+        other = other.for_images(batch_size)
+        widths = (num_prompts, other.prompts.shape[1])
+        return PromptBatch(
+            torch.cat([self.prompts, other.prompts], dim=1),
+            None,
+            _join_flags(self.absent, other.absent, widths),
+            _join_flags(self.pooled, other.pooled, widths),
+        )
+
 
 class PromptedBlock(nn.Module, BaseTunerLayer):
     """A block of a vision transformer and the prompts that its adapters add to it.
 
     Deep prompts enter the block's attention as extra keys and values, or, with `insertion="tokens"`, as tokens that
     are cut out of the block's output: the same function, kept as the plain reference. Shallow prompts enter block 0
-    as tokens, stay in the hidden states of all blocks and leave after the last one. All shapes that a user can see
-    (`output_hidden_states`, masks) are the base model's.
+    as tokens, stay in the hidden states of all blocks and leave after the last one. Where attention runs in windows,
+    prompts cannot stand among the tokens: shallow ones flow beside them (`hf_vpt.windows`). All shapes that a user can
+    see (`output_hidden_states`, masks) are the base model's.
 
     Args:
         base_layer: The block.
@@ -74,9 +90,14 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         self.observer = None
         self.adapter_layer_names = (f"{prefix}prompts",)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
-        # In a list, so that torch does not take block 0 for a part of this block.
+        # In lists, so that torch does not take them for parts of this block.
         self._first: list[PromptedBlock] = []
-        open_attention_for_prompts(self.attention)
+        self._merging_before: list[nn.Module] = []
+        # Kept by block 0, from one block to the next: prompts that flow beside the tokens.
+        self.carried: PromptBatch | None = None
+        # Kept by the last block until the tokens are pooled: what its prompts became.
+        self.outputs: PromptBatch | None = None
+        self.access.open(self.attention)
         self.train(base_layer.training)
 
     @property
@@ -85,12 +106,22 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     @property
-    def norm(self) -> nn.Module:
-        return getattr(self.base_layer, self.backbone.record.norm)
+    def norm(self) -> nn.Module | None:
+        """The norm before attention; None where attention gets the tokens as they are."""
+        name = self.backbone.record.norm
+        return None if name is None else getattr(self.base_layer, name)
 
     @property
     def attention(self) -> nn.Module:
-        return getattr(self.base_layer, self.backbone.record.attention)
+        return self.base_layer.get_submodule(self.backbone.record.attention)
+
+    @property
+    def access(self) -> AttentionAccess:
+        return self.backbone.record.access
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.backbone.num_layers - 1
 
     def update_layer(self, adapter_name: str, prompts: Prompts) -> None:
         """Adds the prompts of an adapter."""
@@ -101,7 +132,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
 
     def release(self) -> nn.Module:
         """The bare block, as it was before it was wrapped."""
-        close_attention_for_prompts(self.attention)
+        self.access.close(self.attention)
         return self.base_layer.train(self.training)
 
     def train(self, mode: bool = True) -> PromptedBlock:
@@ -134,6 +165,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return self.base_layer(hidden_states, *args, **kwargs)
+        if self.backbone.record.windows is not None:
+            return self._forward_beside(hidden_states, adapter_names, args, kwargs)
         num_flowing, absent = self._flowing(hidden_states, adapter_names)
         tokens = hidden_states
         if num_flowing and self.index == 0:
@@ -147,32 +180,95 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if deep is not None and self.insertion == "tokens":
             tokens = self._insert(tokens, deep)
             inserted += deep.prompts.shape[1]
-            absent = _join_absent(deep.absent, absent, (deep.prompts.shape[1], num_flowing))
+            absent = _join_flags(deep.absent, absent, (deep.prompts.shape[1], num_flowing))
         elif deep is not None:
-            if not isinstance(self.attention.config, PromptedAttentionConfig):
-                self._raise_not_arrived()  # here too: a compiled graph cannot look afterwards
             keys_values = self._keys_values(deep, tokens.dtype)
-            kwargs[KEYS_VALUES] = keys_values
         if inserted:
             args, kwargs = self._insert_into_mask(tokens, inserted, absent, args, kwargs)
 
-        output = self.base_layer(tokens, *args, **kwargs)
+        output = self._run(tokens, keys_values, args, kwargs)
 
-        if keys_values is not None and not keys_values.arrived and not torch.compiler.is_compiling():
-            self._raise_not_arrived()
         if not inserted:
             return output
-        visible = self._strip(output, inserted)
-        _show(visible, instead_of=output, initial=hidden_states if self.index == 0 else None)
-        if not num_flowing or self.index == self.backbone.num_layers - 1:
-            return visible
-        return self._strip(output, inserted - num_flowing)
+        all_tokens = _tokens_of(output)
+        visible = self._strip(all_tokens, inserted)
+        _show(visible, instead_of=all_tokens, initial=hidden_states if self.index == 0 else None)
+        if not num_flowing or self.is_last:
+            return _with_tokens(output, visible)
+        return _with_tokens(output, self._strip(all_tokens, inserted - num_flowing))
+
+    def _forward_beside(
+        self,
+        hidden_states: torch.Tensor,
+        adapter_names: Sequence[str] | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a block whose attention splits the tokens into windows."""
+        flowing = self._receive(hidden_states, adapter_names)
+        batch = self._make(hidden_states, adapter_names, deep=True)
+        num_queries = 0
+        if flowing is not None:
+            num_queries = flowing.prompts.shape[1]
+            batch = flowing.followed_by(batch)
+        if batch is None:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        if self.is_last:
+            # What prompts become here is thrown away, unless it is part of the image's feature.
+            num_queries = 0
+            if batch.pooled is not None:
+                batch = batch.for_images(len(hidden_states))
+                num_queries = batch.prompts.shape[1]
+        keys_values = self._keys_values(batch, hidden_states.dtype, num_queries)
+        output = self._run(hidden_states, keys_values, args, kwargs)
+        if num_queries:
+            went_in = batch.prompts[:, :num_queries]
+            outputs = self.backbone.record.windows.finish_block(self.base_layer, went_in, keys_values.attended)
+            if self.is_last:
+                self.outputs = PromptBatch(outputs, None, batch.absent, batch.pooled)
+            else:
+                self._first[0].carried = PromptBatch(outputs, None, flowing.absent, flowing.pooled)
+        return output
+
+    def _receive(self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None) -> PromptBatch | None:
+        """Shallow prompts as they reach this block, `(B, N, D)` each; None where there are none."""
+        if self.index == 0:
+            made = self._make(hidden_states, adapter_names, deep=False)
+            self.carried = None
+            return None if made is None else made.for_images(len(hidden_states))
+        if not self._first or self._first[0].carried is None:
+            return None
+        received, self._first[0].carried = self._first[0].carried, None
+        if self._merging_before:
+            received.prompts = self.backbone.record.windows.merge(self._merging_before[0], received.prompts)
+        return received
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        keys_values: PromptKeysValues | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs the block with more keys and values, and makes sure that they arrive."""
+        if keys_values is None:
+            return self.base_layer(tokens, *args, **kwargs)
+        if not self.access.is_open(self.attention):
+            self._raise_not_arrived()  # here too: a compiled graph cannot look afterwards
+        try:
+            kwargs = self.access.hand_over(self.attention, keys_values, kwargs)
+            output = self.base_layer(tokens, *args, **kwargs)
+        finally:
+            self.access.hand_over(self.attention, None, {})
+        if not keys_values.arrived and not torch.compiler.is_compiling():
+            self._raise_not_arrived()
+        return output
 
     def _raise_not_arrived(self) -> None:
         raise RuntimeError(
             f"Found that the prompts of block {self.index} did not reach the attention of "
-            f"{type(self.attention).__name__}. They need the attention interface of Transformers. Undo what replaced "
-            "the config or the forward of the attention module, or use `model.base_model.set_insertion('tokens')`."
+            f"{type(self.attention).__name__}. They need that module as it was when the adapter was made. Undo "
+            "what replaced its config, class or forward, or use `model.base_model.set_insertion('tokens')`."
         )
 
     # Prompts of a batch
@@ -206,12 +302,15 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             prompts = self.prompts[name](hidden_states if rows is None else hidden_states[rows])
             # The token's dtype: an adapter kept in float32 would make the frozen norm fail on a bfloat16 model.
             made[name] = prompts.to(hidden_states.dtype)
+        pooled = {name for name in made if self.prompts[name].pooled}
         sizes = {name: prompts.shape[1] for name, prompts in made.items()}
         if not any(sizes.values()):
             return None
         if adapter_names is None:
             batch_size = max(prompts.shape[0] for prompts in made.values())
-            return PromptBatch(torch.cat([prompts.expand(batch_size, -1, -1) for prompts in made.values()], dim=1))
+            prompts = torch.cat([prompts.expand(batch_size, -1, -1) for prompts in made.values()], dim=1)
+            flags = [name in pooled for name in made for _ in range(sizes[name])]
+            return PromptBatch(prompts, pooled=torch.tensor([flags], device=prompts.device) if pooled else None)
         entries, rows, start = [], [0] * len(adapter_names), 0
         for name, prompts in made.items():
             entries.append(nn.functional.pad(prompts, (0, 0, 0, max(sizes.values()) - sizes[name])))
@@ -219,13 +318,17 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
                 rows[row] = start + (position if prompts.shape[0] > 1 else 0)
             start += prompts.shape[0]
         device = hidden_states.device
+        absent = _padding(adapter_names, sizes, device)
         return PromptBatch(
-            torch.cat(entries), torch.tensor(rows, device=device), _padding(adapter_names, sizes, device)
+            torch.cat(entries),
+            torch.tensor(rows, device=device),
+            absent,
+            _present(adapter_names, {name: sizes[name] for name in pooled}, max(sizes.values()), device),
         )
 
     # The two ways in
 
-    def _keys_values(self, batch: PromptBatch, dtype: torch.dtype) -> PromptKeysValues:
+    def _keys_values(self, batch: PromptBatch, dtype: torch.dtype, num_queries: int = 0) -> PromptKeysValues:
         """Keys and values of prompts, by the block's own frozen norm and projections."""
         checkpointing = getattr(self.base_layer, "gradient_checkpointing", False) and self.training
         keywords = getattr(self.base_layer._gradient_checkpointing_func, "keywords", {}) if checkpointing else {}
@@ -236,15 +339,13 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
                 "{'use_reentrant': False})."
             )
         bias = batch.bias(dtype)
-        normed = self.norm(batch.prompts)
+        normed = batch.prompts if self.norm is None else self.norm(batch.prompts)
         if self.observer is not None:
             bias = self.observer(self, batch.prompts, normed, bias)
-        shape = (*normed.shape[:-1], -1, self.attention.head_dim)
-        key = self.attention.k_proj(normed).view(shape).transpose(1, 2)
-        value = self.attention.v_proj(normed).view(shape).transpose(1, 2)
+        key, value, query = self.access.project(self.attention, normed, num_queries)
         if batch.rows is not None:
             key, value = key[batch.rows], value[batch.rows]
-        return PromptKeysValues(key, value, bias)
+        return PromptKeysValues(key, value, bias, query)
 
     def _insert(self, tokens: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         """`(B, T, D)` to `(B, T + N, D)`, the prompts right after the prefix."""
@@ -269,48 +370,57 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments with a mask `(1|B, 1|heads, 1|T, T)` that knows n more tokens after the prefix."""
-        mask = args[0] if args else kwargs.get("attention_mask")
         start = self.backbone.num_prefix_tokens
+        if self.backbone.record.mask_in_block:
+            # The block's bias fits the resolution that it is told; it would be stretched to the tokens that it sees.
+            kwargs = {**kwargs, INSERTED: InsertedPrompts(start, num_tokens, absent)}
+            return args, kwargs | ({"interpolate_pos_encoding": False} if "interpolate_pos_encoding" in kwargs else {})
+        mask = args[0] if args else kwargs.get("attention_mask")
         if mask is None and absent is None:
             return args, kwargs
-        if mask is None:
-            mask = tokens.new_zeros(1, 1, 1, tokens.shape[1] - num_tokens)
-        attend = mask.dtype == torch.bool
-        if mask.shape[2] > 1:
-            # Prompts see what the first token, CLS, sees: a token that is hidden must not come in through them.
-            rows = mask[:, :, :1].expand(-1, -1, num_tokens, -1)
-            mask = torch.cat([mask[:, :, :start], rows, mask[:, :, start:]], dim=2)
-        if absent is None:
-            columns = mask.new_full((*mask.shape[:3], num_tokens), attend)
-        else:
-            columns = ~absent if attend else absent.to(mask.dtype) * torch.finfo(mask.dtype).min
-            mask = mask.expand(absent.shape[0], -1, -1, -1)
-            columns = columns[:, None, None].expand(*mask.shape[:3], -1)
-        mask = torch.cat([mask[..., :start], columns, mask[..., start:]], dim=3)
+        mask = insert_into_mask(mask, start, num_tokens, absent, like=tokens)
         return ((mask, *args[1:]), kwargs) if args else (args, {**kwargs, "attention_mask": mask})
 
 
 def _padding(adapter_names: Sequence[str], sizes: dict[str, int], device: torch.device) -> torch.Tensor | None:
     """Which of N prompts, N the largest of `sizes`, an image's adapter does not have, `(B, N)`; None where all do."""
     width = max(sizes.values(), default=0)
-    counts = [sizes.get(name, 0) for name in adapter_names]
-    if all(count == width for count in counts):
+    if all(sizes.get(name, 0) == width for name in adapter_names):
         return None
-    return torch.arange(width, device=device) >= torch.tensor(counts, device=device)[:, None]
+    present = _present(adapter_names, sizes, width, device)
+    return None if present is None else ~present
 
 
-def _join_absent(
-    left: torch.Tensor | None, right: torch.Tensor | None, widths: tuple[int, int]
+def _present(
+    adapter_names: Sequence[str], sizes: dict[str, int], width: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Padding of two groups of tokens that stand side by side, `(B, widths[0] + widths[1])`."""
-    known = left if left is not None else right
-    if known is None:
+    """Which of N = `width` prompts an image's adapter has, `(B, N)`; None where no adapter named has any."""
+    counts = [sizes.get(name, 0) for name in adapter_names]
+    if not any(counts):
         return None
+    return torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+
+
+def _join_flags(left: torch.Tensor | None, right: torch.Tensor | None, widths: tuple[int, int]) -> torch.Tensor | None:
+    """Flags of two groups of prompts that stand side by side, `(1|B, widths[0] + widths[1])`; None is all false."""
+    known = [part for part in (left, right) if part is not None]
+    if not known:
+        return None
+    batch_size = max(len(part) for part in known)
     parts = [
-        known.new_zeros(known.shape[0], width) if part is None else part
+        known[0].new_zeros(batch_size, width) if part is None else part.expand(batch_size, -1)
         for part, width in zip((left, right), widths, strict=True)
     ]
     return torch.cat(parts, dim=1)
+
+
+def _tokens_of(output: Any) -> torch.Tensor:
+    """The tokens in what a block returns, which may be a tuple that starts with them."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_tokens(output: Any, tokens: torch.Tensor) -> Any:
+    return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
 def _show(visible: torch.Tensor, instead_of: torch.Tensor, initial: torch.Tensor | None) -> None:

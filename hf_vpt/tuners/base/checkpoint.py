@@ -68,12 +68,12 @@ def verify_tensors(config: PromptConfig, tensors: dict[str, torch.Tensor], sourc
     if config.token_dim is None or config.num_layers is None:
         return  # never injected: the config was saved by itself, so there is nothing to compare with
     prefix = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].prefix
-    # Keys look like base_model.model.vit.layers.3.<prefix>prompts.<tensor>; the block's number and what follows count.
+    # Keys look like base_model.model.vit.layers.3.<prefix>prompts.<tensor>; the block and what follows count.
     found = {}
     for key, tensor in tensors.items():
         path, marker, rest = key.partition(f".{prefix}prompts.")
         if marker:
-            found[f"block {path.rpartition('.')[2]}, {rest}"] = tensor
+            found[f"block {config.block_index(path)}, {rest}"] = tensor
     with torch.device("meta"):  # shapes alone
         prompts = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].make_all_prompts(config)
     expected = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from peft.utils import PeftType
 
 from ...hub import add_loading_lines
 from .checkpoint import verify_checkpoint
+from .prompts import BlockLayout
 
 
 @dataclass
@@ -23,6 +25,8 @@ class PromptConfig(PeftConfig):
         num_virtual_tokens: Number N of prompts in a block, at least 1.
         deep: Whether each block gets prompts of its own, whose outputs are thrown away after the block (`True`), or
             prompts are inserted once, before block 0, and flow through all blocks as tokens (`False`).
+        pool_prompts: Whether what the prompts of the last block become is averaged into the image's feature, beside
+            the patches, as the published code for Swin does. For backbones that average tokens (Swin, Swin-v2).
         prompt_dropout: Probability in [0, 1) with which an element of a prompt is zeroed while training, drawn for
             each image.
         layers_to_transform: Indices of the blocks that get prompts, `None` for all. Negative ones count from the last
@@ -32,8 +36,10 @@ class PromptConfig(PeftConfig):
         init_weights: `False` fills every tensor of the adapter with random numbers instead of the method's own
             initial values, so that tests see an adapter that changes the output.
         target_modules: Filled in from the backbone record; leave it `None`.
-        token_dim: Width D that the adapter was made for. Filled in from the model.
+        token_dim: Width D that the adapter was made for; where stages have different widths, that of the first, which
+            doubles from stage to stage. Filled in from the model.
         num_layers: Number of blocks of the model that the adapter was made for. Filled in from the model.
+        depths: Blocks of each stage, None where the model has no stages. Filled in from the model.
         hf_vpt_version: Version of this package that the adapter was made with. Filled in.
 
     Raises:
@@ -46,6 +52,7 @@ class PromptConfig(PeftConfig):
 
     num_virtual_tokens: int = field(default=10, metadata={"help": "Number of prompts in a block."})
     deep: bool = field(default=True, metadata={"help": "Prompts of its own for each block, or inserted once."})
+    pool_prompts: bool = field(default=False, metadata={"help": "Average prompt outputs into the image's feature."})
     prompt_dropout: float = field(default=0.0, metadata={"help": "Dropout on the prompts while training."})
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Indices of the blocks that get prompts; all if left out."}
@@ -62,6 +69,9 @@ class PromptConfig(PeftConfig):
     )
     num_layers: int | None = field(
         default=None, metadata={"help": "Number of blocks; filled in from the model.", "filled_in": True}
+    )
+    depths: list[int] | None = field(
+        default=None, metadata={"help": "Blocks of each stage; filled in from the model.", "filled_in": True}
     )
     hf_vpt_version: str | None = field(
         default=None, metadata={"help": "Version that made the adapter; filled in.", "filled_in": True}
@@ -82,11 +92,15 @@ class PromptConfig(PeftConfig):
         self.check_int("num_virtual_tokens", low=1)
         self.check_bool("deep")
         self.check_bool("init_weights")
+        self.check_bool("pool_prompts")
         self.check_fraction("prompt_dropout")
         self.check_int("token_dim", low=1, optional=True)
         self.check_int("num_layers", low=1, optional=True)
         self.layers_to_transform = self._list_of("layers_to_transform", int)
         self.modules_to_save = self._list_of("modules_to_save", str)
+        self.depths = self._list_of("depths", int)
+        if self.depths is not None and (min(self.depths) < 1 or self.num_layers not in (None, sum(self.depths))):
+            self.fail("depths", f"positive numbers that add up to num_layers, which is {self.num_layers}")
         if self.layers_to_transform is not None:
             if not self.layers_to_transform or len(set(self.layers_to_transform)) < len(self.layers_to_transform):
                 self.fail("layers_to_transform", "a list of different block indices with at least one entry")
@@ -133,6 +147,27 @@ class PromptConfig(PeftConfig):
         if len(layers) < len(self.layers_to_transform):
             self.fail("layers_to_transform", f"different blocks; some are the same one among {num_layers}")
         return layers
+
+    def stage(self, index: int) -> int:
+        """Stage of the block with that index; 0 in a model without stages."""
+        ends = itertools.accumulate(self.depths or [self.num_layers])
+        return next(stage for stage, end in enumerate(ends) if index < end)
+
+    def block_index(self, path: str) -> int:
+        """Index of the block with that name, which ends in its number or in those of its stage and itself in it."""
+        numbers = [int(part) for part in path.split(".") if part.isdigit()]
+        return numbers[-1] if self.depths is None else sum(self.depths[: numbers[-2]]) + numbers[-1]
+
+    def layout(self, index: int, position: int, **backbone: Any) -> BlockLayout:
+        """What prompts may know of a block.
+
+        Args:
+            index: Index of the block in the backbone.
+            position: Index of the block among those with prompts of this adapter.
+            backbone: What only the model can tell, see `BlockLayout`.
+        """
+        stage = self.stage(index)
+        return BlockLayout(index, position, self.token_dim * 2**stage, stage, **backbone)
 
     def fail(self, name: str, needed: str) -> None:
         """Raises the error that names a field, its value and what is allowed."""

@@ -31,23 +31,56 @@ class EmbeddingsHook:
     Args:
         backbone: The backbone's layout.
         blocks: The wrapped blocks.
+        stages: The backbone's stages, if it has any.
     """
 
-    def __init__(self, backbone: Backbone, blocks: list[PromptedBlock]):
+    def __init__(self, backbone: Backbone, blocks: list[PromptedBlock], stages: list[nn.Module]):
         self.backbone = backbone
         self.blocks = blocks
+        self.stages = stages
+
+    def is_beside(self) -> bool:
+        """Whether a block leaves something for a later one."""
+        return any(p.pooled or not p.deep for block in self.blocks for p in block.prompts.values())
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module.training:
             silence_frozen_modules(module)
+        for stage in self.stages:
+            # What flows from block to block beside the tokens is gone when a stage is computed anew. The blocks below
+            # are checkpointed one by one instead, where the family does that.
+            stage.gradient_checkpointing = stage.gradient_checkpointing and not self.is_beside()
         kwargs = dict(kwargs)
         return args, self.check(args, kwargs, kwargs.pop("adapter_names", None))
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str] | None) -> dict[str, Any]:
         """Looks at the arguments of the embeddings; returns the keyword arguments to go on with."""
         return kwargs
+
+
+class PoolerHook:
+    """Forward pre-hook of the module that averages tokens: puts the outputs of prompts among them.
+
+    Args:
+        last: The last block.
+        norm: The backbone's final norm.
+    """
+
+    def __init__(self, last: PromptedBlock, norm: nn.Module):
+        self.last = last
+        self.norm = norm
+
+    def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        outputs, self.last.outputs = self.last.outputs, None
+        if outputs is None:
+            return args
+        tokens = args[0]  # (B, D, T)
+        weights = outputs.pooled[..., None].to(tokens.dtype)
+        total = tokens.sum(dim=2) + (self.norm(outputs.prompts) * weights).sum(dim=1)
+        # The mean of one column is that column.
+        return ((total / (tokens.shape[2] + weights.sum(dim=1)))[..., None],)
 
 
 class PromptTuner(BaseTuner):
@@ -83,7 +116,7 @@ class PromptTuner(BaseTuner):
         """An adapter's prompts in all its blocks, by block index, without a model."""
         made: dict[int, Prompts] = {}
         for position, index in enumerate(config.resolved_layers(config.num_layers)):
-            made[index] = cls.make_prompts(config, BlockLayout(index, position), list(made.values()))
+            made[index] = cls.make_prompts(config, config.layout(index, position), list(made.values()))
         return made
 
     def prompted_blocks(self) -> list[PromptedBlock]:
@@ -105,6 +138,11 @@ class PromptTuner(BaseTuner):
         """
         if insertion not in ("keys_values", "tokens"):
             raise ValueError(f"insertion is {insertion!r}. It must be 'keys_values' or 'tokens'.")
+        if insertion == "tokens" and self._backbone.record.windows is not None:
+            raise ValueError(
+                f"Found insertion='tokens' for a {self._backbone.record.title}, whose attention splits a grid of "
+                "tokens into windows. Prompts have no place on it. Leave it at 'keys_values', which is exact."
+            )
         self._insertion = insertion
         for block in self.prompted_blocks():
             block.insertion = insertion
@@ -122,17 +160,22 @@ class PromptTuner(BaseTuner):
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.train(model.training)  # a model in training mode has its frozen dropout on until now
-        self._remove_embeddings_hook(model)
-        hook = self.embeddings_hook_cls(self._backbone, self.prompted_blocks())
-        self._backbone.embeddings(model).register_forward_pre_hook(hook, with_kwargs=True)
+        self._remove_hooks(model)
+        backbone, blocks = self._backbone, self.prompted_blocks()
+        hook = self.embeddings_hook_cls(backbone, blocks, backbone.stages(model))
+        backbone.embeddings(model).register_forward_pre_hook(hook, with_kwargs=True)
+        if backbone.record.pooler is not None and blocks[-1].is_last:
+            pooler = backbone.below(model, backbone.record.pooler)
+            norm = backbone.below(model, backbone.record.final_norm)
+            pooler.register_forward_pre_hook(PoolerHook(blocks[-1], norm))
 
-    def _remove_embeddings_hook(self, model: nn.Module) -> None:
-        # Not through the handle of the hook: it does not survive a copy of the model.
-        embeddings = self._backbone.embeddings(model)
-        for key, hook in list(embeddings._forward_pre_hooks.items()):
-            if isinstance(hook, EmbeddingsHook):
-                del embeddings._forward_pre_hooks[key]
-                embeddings._forward_pre_hooks_with_kwargs.pop(key, None)
+    def _remove_hooks(self, model: nn.Module) -> None:
+        # Not through the handles of the hooks: they do not survive a copy of the model.
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if isinstance(hook, (EmbeddingsHook, PoolerHook)):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def _prepare_adapter_config(self, peft_config: PromptConfig, model_config: dict) -> PromptConfig:
         return peft_config  # `_prepare_model` fills it in: it needs the model itself
@@ -141,9 +184,16 @@ class PromptTuner(BaseTuner):
         """Completes the config from the model. All checks stand here, before anything is changed."""
         backbone = find_backbone(model)
         was_completed = peft_config.token_dim is not None
-        for name, found in (("token_dim", backbone.hidden_size), ("num_layers", backbone.num_layers)):
+        depths = list(backbone.depths) if backbone.record.windows is not None else None
+        self._check_refused(peft_config, backbone)
+        for name, found in (
+            ("token_dim", backbone.hidden_size),
+            ("num_layers", backbone.num_layers),
+            ("depths", depths),
+        ):
             expected = getattr(peft_config, name)
-            if expected not in (None, found):
+            # A config that was saved before there were depths has none, and was made for a model without stages.
+            if expected not in (None, found) or (name == "depths" and was_completed and expected != found):
                 raise ValueError(
                     f"Found a model with {name}={found} and an adapter made for {name}={expected}. Both must be "
                     f"the same. Load it into the model it was trained on ({peft_config.base_model_name_or_path}), "
@@ -153,7 +203,8 @@ class PromptTuner(BaseTuner):
         layers = peft_config.resolved_layers(backbone.num_layers)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = layers
-        pattern = rf"(?:.*\.)?{re.escape(backbone.record.blocks)}\.(?:{'|'.join(map(str, layers))})"
+        names = [backbone.block_names[index] for index in layers]
+        pattern = "|".join(map(re.escape, names))
         # A config that was completed before holds the names that its own release of Transformers had for the blocks.
         if peft_config.target_modules is not None and not was_completed:
             peft_config.fail("target_modules", "None: the blocks are found by the record; see layers_to_transform")
@@ -163,6 +214,24 @@ class PromptTuner(BaseTuner):
         self._check_modules_to_save(peft_config, model)
         peft_config.target_modules = pattern
         self._backbone = backbone
+
+    def _check_refused(self, config: PromptConfig, backbone: Backbone) -> None:
+        """Raises if the backbone's record refuses the method or what the config asks for."""
+        record = backbone.record
+        asked = {config.method_name.removeprefix("HFVPT_").lower()}
+        asked |= set() if config.deep else {"shallow"}
+        asked |= {"pool_prompts"} if config.pool_prompts else set()
+        for name in asked & record.refused.keys():
+            raise ValueError(
+                f"Found a request for {name!r} with {record.title}. It is refused: {record.refused[name]}. Use "
+                "another method or another backbone; the README has a table of what goes with what."
+            )
+        if config.pool_prompts:
+            pooler = None if record.pooler is None else backbone.below(self.model, record.pooler)
+            if pooler is None:
+                config.fail("pool_prompts", f"False: this {record.title} does not average its tokens")
+            if config.deep and backbone.num_layers - 1 not in config.resolved_layers(backbone.num_layers):
+                config.fail("pool_prompts", "False unless the last block has prompts")
 
     @staticmethod
     def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:
@@ -200,12 +269,18 @@ class PromptTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        index = int(target_name)
-        self._wrap_blocks(range(self._backbone.num_layers) if not peft_config.deep else [index])
+        backbone = self._backbone
+        index = backbone.block_names.index(current_key)
+        self._wrap_blocks(range(backbone.num_layers) if not peft_config.deep else [index])
         block = next(block for block in self.prompted_blocks() if block.index == index)
-        position = peft_config.resolved_layers(self._backbone.num_layers).index(index)
-        layout = BlockLayout(index, position, self._backbone.patch_size, self._backbone.num_prefix_tokens)
+        layout = peft_config.layout(
+            index,
+            peft_config.resolved_layers(backbone.num_layers).index(index),
+            patch_size=backbone.patch_size,
+            num_prefix_tokens=backbone.num_prefix_tokens,
+        )
         prompts = self.make_prompts(peft_config, layout, list(self.prompts(adapter_name).values()))
+        prompts.pooled = peft_config.pool_prompts
         if not peft_config.init_weights:
             prompts.randomize()
         block.update_layer(adapter_name, prompts)
@@ -215,15 +290,21 @@ class PromptTuner(BaseTuner):
     def _wrap_blocks(self, indices: range | list[int]) -> None:
         """Wraps blocks that are not wrapped yet. Shallow prompts need all of them: they pass through each."""
         backbone = self._backbone
-        blocks = backbone.blocks(self.model)
+        modules = [self.model.get_submodule(name) for name in backbone.block_names]
         for index in indices:
-            if not isinstance(blocks[index], PromptedBlock):
-                blocks[index] = PromptedBlock(blocks[index], index, backbone, self.prefix)
-                blocks[index].set_adapter(self.active_adapters)
-                blocks[index].insertion = self._insertion
+            if isinstance(modules[index], PromptedBlock):
+                continue
+            block = PromptedBlock(modules[index], index, backbone, self.prefix)
+            block.set_adapter(self.active_adapters)
+            block.insertion = self._insertion
+            if index in backbone.stage_starts[1:] and backbone.record.merging is not None:
+                stage = backbone.stages(self.model)[backbone.stage_starts.index(index) - 1]
+                block._merging_before = [stage.get_submodule(backbone.record.merging)]
+            self.model.set_submodule(backbone.block_names[index], block)
+            modules[index] = block
         for block in self.prompted_blocks():
-            if block.index > 0 and isinstance(blocks[0], PromptedBlock):
-                block._first = [blocks[0]]
+            if block.index > 0 and isinstance(modules[0], PromptedBlock):
+                block._first = [modules[0]]
 
     # What PEFT's defaults get wrong for a block
 
@@ -239,7 +320,7 @@ class PromptTuner(BaseTuner):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 self.model.set_submodule(name, module.original_module)
         model = super().unload().train(training)
-        self._remove_embeddings_hook(model)
+        self._remove_hooks(model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -292,7 +373,7 @@ class PromptTuner(BaseTuner):
         marker = f".{cls.prefix}prompts."
         for key in [key for key in state_dict if marker in key]:
             path, _, rest = key.partition(marker)
-            state_dict[f"{paths[int(path.rpartition('.')[2])]}{marker}{rest}"] = state_dict.pop(key)
+            state_dict[f"{paths[config.block_index(path)]}{marker}{rest}"] = state_dict.pop(key)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +16,16 @@ class BlockLayout:
     Attributes:
         index: Index of the block in the backbone.
         position: Index of the block among those with prompts of the same adapter.
+        width: Width D of the block's tokens.
+        stage: Stage of the block; the patch grid halves from stage to stage.
         patch_size: Height and width of a patch in pixels.
         num_prefix_tokens: Tokens before the patches.
     """
 
     index: int
     position: int
+    width: int
+    stage: int = 0
     patch_size: tuple[int, int] = (16, 16)
     num_prefix_tokens: int = 1
 
@@ -40,6 +45,8 @@ class Prompts(nn.Module):
         super().__init__()
         self.num_virtual_tokens = num_virtual_tokens
         self.deep = deep
+        # Whether their outputs go into the image's feature; set by the tuner, from the config.
+        self.pooled = False
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Prompts for the block's input.
@@ -63,6 +70,11 @@ class Prompts(nn.Module):
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.is_floating_point():
                 nn.init.normal_(tensor, std=0.1)
+
+
+def first_of_width(peers: Sequence[Prompts], width: int) -> Prompts | None:
+    """The first of some prompts that is `width` wide and so owns what blocks of that width share; None without one."""
+    return next((peer for peer in peers if peer.width == width), None)
 
 
 class StaticPrompts(Prompts):

@@ -25,7 +25,7 @@ class BPTPrompts(StaticPrompts):
         self.basis = config.basis
         self.factor_prompts = nn.Parameter(torch.empty(config.num_virtual_tokens, config.rank))
         nn.init.normal_(self.factor_prompts, std=0.02)
-        factor_basis = nn.init.xavier_uniform_(torch.empty(config.token_dim, config.rank))
+        factor_basis = nn.init.xavier_uniform_(torch.empty(layout.width, config.rank))
         if config.basis == "fwhiten":
             self.register_buffer("factor_basis", factor_basis)
         else:

@@ -112,7 +112,7 @@ def initialize_whitening(
         )
     blocks = {block.index: block for block in tuner.prompted_blocks() if block.index in prompts}
     statistics = {
-        index: WhiteningStatistics(block.attention.q_proj.weight, block.attention.k_proj.weight, estimate)
+        index: WhiteningStatistics(*block.access.query_key_weights(block.attention), estimate)
         for index, block in blocks.items()
     }
     handles = [block.register_forward_pre_hook(_Collect(statistics[index])) for index, block in blocks.items()]

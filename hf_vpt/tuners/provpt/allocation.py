@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +13,13 @@ from torch import nn
 class AllocationPolicy(Protocol):
     """Names a block, is told later how good that was."""
 
-    def act(self, state: torch.Tensor) -> int:
-        """The block for the prompt, from the policy state `(3·L,)`."""
+    def act(self, state: torch.Tensor, allowed: Sequence[bool] | None = None) -> int:
+        """The block for the prompt.
+
+        Args:
+            state: The policy state `(3·L,)`.
+            allowed: Whether the prompt fits into each of the L blocks; None for all.
+        """
 
     def observe(self, reward: float) -> float | None:
         """Takes the reward of the last action; returns the policy's loss where it learned from it."""
@@ -91,24 +97,36 @@ class PPOAllocation:
                 {"params": self.critic.parameters(), "lr": critic_lr},
             ]
         )
-        self.steps: list[tuple[torch.Tensor, int, float, float]] = []
+        self.num_blocks = num_blocks
+        self.steps: list[tuple[torch.Tensor, int, float, float, torch.Tensor]] = []
         self.rewards: list[float] = []
 
     @torch.no_grad()
-    def act(self, state: torch.Tensor) -> int:
+    def act(self, state: torch.Tensor, allowed: Sequence[bool] | None = None) -> int:
         state = state.float()
-        log_probs = self.actor(state).log_softmax(dim=-1)
+        barrier = self._barrier(allowed)
+        log_probs = (self.actor(state) + barrier).log_softmax(dim=-1)
         action = int(torch.multinomial(log_probs.exp(), 1, generator=self.generator))
-        self.steps.append((state, action, log_probs[action].item(), self.critic(state).item()))
+        self.steps.append((state, action, log_probs[action].item(), self.critic(state).item(), barrier))
         return action
+
+    def _barrier(self, allowed: Sequence[bool] | None) -> torch.Tensor:
+        """What to add to the logits of the L blocks. Finite, so that the entropy is."""
+        forbidden = [not block for block in (allowed or [True] * self.num_blocks)]
+        return torch.tensor(forbidden).float() * -1e9
 
     def observe(self, reward: float) -> float | None:
         self.rewards.append(reward)
         if len(self.rewards) < self.horizon:
             return None
-        states, actions, log_probs, values = zip(*self.steps, strict=True)
+        states, actions, log_probs, values, barriers = zip(*self.steps, strict=True)
         loss = self.update(
-            torch.stack(states), torch.tensor(actions), torch.tensor(log_probs), torch.tensor(values), self.rewards
+            torch.stack(states),
+            torch.tensor(actions),
+            torch.tensor(log_probs),
+            torch.tensor(values),
+            self.rewards,
+            torch.stack(barriers),
         )
         self.steps, self.rewards = [], []
         return loss
@@ -120,6 +138,7 @@ class PPOAllocation:
         old_log_probs: torch.Tensor,
         old_values: torch.Tensor,
         rewards: list[float] | torch.Tensor,
+        barriers: torch.Tensor | float = 0.0,
     ) -> float:
         """Learns from S steps.
 
@@ -129,6 +148,8 @@ class PPOAllocation:
             old_log_probs: Their log-probabilities at that time, `(S,)`.
             old_values: What the critic expected then, `(S,)`.
             rewards: What followed, S numbers.
+            barriers: Added to the actor's logits: 0, or a large negative number for a block that was not allowed,
+                `(S, L)`.
 
         Returns:
             The loss, averaged over the steps and the epochs.
@@ -143,7 +164,7 @@ class PPOAllocation:
         losses = []
         with torch.enable_grad():  # relocation runs between epochs, perhaps under no_grad
             for _ in range(self.epochs):
-                log_probs = self.actor(states).log_softmax(dim=-1)
+                log_probs = (self.actor(states) + barriers).log_softmax(dim=-1)
                 ratios = (log_probs.gather(1, actions[:, None])[:, 0] - old_log_probs).exp()
                 clipped = ratios.clamp(1 - self.clip_epsilon, 1 + self.clip_epsilon)
                 entropy = -(log_probs.exp() * log_probs).sum(dim=1)
@@ -173,8 +194,9 @@ class ThompsonAllocation:
         self.generator = np.random.default_rng(seed)
         self.action: int | None = None
 
-    def act(self, state: torch.Tensor) -> int:
-        self.action = int(self.generator.beta(self.successes, self.failures).argmax())
+    def act(self, state: torch.Tensor, allowed: Sequence[bool] | None = None) -> int:
+        draws = self.generator.beta(self.successes, self.failures)
+        self.action = int(draws.argmax() if allowed is None else np.where(allowed, draws, -1.0).argmax())
         return self.action
 
     def observe(self, reward: float) -> None:

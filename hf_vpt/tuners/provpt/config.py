@@ -18,7 +18,7 @@ class PROVPTConfig(PromptConfig):
 
     As VPT-Deep with N prompts in each of L blocks, but the N·L prompts are a pool: between epochs the prompt that the
     loss would miss least leaves its block for one that a learned policy names. `PROVPTModel.relocate` does that;
-    without it this is VPT-Deep.
+    without it this is VPT-Deep. Where stages have different widths (Swin), prompts move between blocks of equal width.
 
     Tuned numbers: L·N·D. ViT-B/16, N=20: 184,320.
 

@@ -27,7 +27,8 @@ class PROVPTPrompts(StaticPrompts):
     def __init__(self, config: PROVPTConfig, layout: BlockLayout, peers: list[PROVPTPrompts]):
         super().__init__(config.num_virtual_tokens, config.prompt_dropout)
         self.index = layout.index
-        self.prompt_embeddings = nn.Parameter(torch.empty(config.num_virtual_tokens, config.token_dim))
+        self.width = layout.width
+        self.prompt_embeddings = nn.Parameter(torch.empty(config.num_virtual_tokens, layout.width))
         vpt_uniform_(self.prompt_embeddings, layout.patch_size)
         self.register_buffer("block", torch.full((config.num_virtual_tokens,), layout.index))
         # The same numbers for Python: reading the buffer in a forward pass would wait for the device.
@@ -65,11 +66,12 @@ class PROVPTPrompts(StaticPrompts):
         return self._slices
 
     def check_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        unknown = sorted(set(tensors["block"].tolist()) - {prompts.index for prompts in self.pool})
+        reachable = [prompts.index for prompts in self.pool if prompts.width == self.width]
+        unknown = sorted(set(tensors["block"].tolist()) - set(reachable))
         if unknown:
             raise ValueError(
                 f"Found prompts that serve the blocks {unknown}. The pool of this adapter spans the blocks "
-                f"{[prompts.index for prompts in self.pool]}. The file and its config must come from the same adapter."
+                f"{reachable} for prompts of width {self.width}. File and config must come from the same adapter."
             )
 
     def _set_serves(self, block: torch.Tensor) -> None:

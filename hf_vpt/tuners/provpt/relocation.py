@@ -128,11 +128,13 @@ class ScoreRecorder:
             retain_graph: Whether a backward pass will follow.
         """
         if self.kind != "norm":
-            tensors = [tensor for _, tensor, _ in self._watched]
+            # A copy: stages that are checkpointed run again, and show their prompts again, while gradients are made.
+            watched = list(self._watched)
+            tensors = [tensor for _, tensor, _ in watched]
             # A module to save beside the head may have no part in the loss.
             gradients = torch.autograd.grad(loss, tensors + self.head, retain_graph=retain_graph, allow_unused=True)
             scores = torch.zeros_like(self.total)
-            for (block, _, prompts), gradient in zip(self._watched, gradients, strict=False):
+            for (block, _, prompts), gradient in zip(watched, gradients, strict=False):
                 ids = torch.tensor([o * self.num_rows + r for o, r in self.prompts[block.index].rows()])
                 scores[ids] += self._block_scores(block, prompts, gradient)
             if self.clip is not None:
@@ -150,6 +152,8 @@ class ScoreRecorder:
             return gradient.cpu().double().flatten()
         # On the CPU, because not every accelerator knows float64.
         norm, prompts, gradient = block.norm, prompts.cpu().double(), gradient.cpu().double()
+        if norm is None:  # nothing cancels: the gate acts on keys and values as they are
+            return (gradient * prompts).sum(dim=(0, 2))
         variance = prompts.var(dim=-1, correction=0, keepdim=True)
         normalised = (prompts - prompts.mean(dim=-1, keepdim=True)) * (variance + norm.eps).rsqrt()
         inner = (gradient * norm.weight.cpu().double() * normalised).sum(dim=-1)
@@ -205,7 +209,8 @@ class Relocator:
         if self.epoch >= self.warmup and highest > scores.threshold:
             blocks = torch.tensor([positions[block] for prompts in pool for block in prompts.serves])
             state = policy_state(scores.values, blocks, len(pool), leaving)
-            target = pool[self.policy.act(state)].index
+            allowed = [prompts.width == pool[owner].width for prompts in pool]
+            target = pool[self.policy.act(state, allowed)].index
             self.loss_then = scores.loss
             if target != source:
                 pool[owner].move(row, target, self.scale)

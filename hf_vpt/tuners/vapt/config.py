@@ -42,6 +42,12 @@ class VAPTConfig(PromptConfig):
         prompt_dropout: Dropout on the learned prompts of the first blocks; published: 0.1. Adaptive prompts have none.
         grid: Rows and columns `[h, w]` of patches that the adapter is made for. `None` takes those of the model's own
             image size. Set it where images have another size, for example DINOv2 (made for 518 pixels) at 224.
+            `"interpolate"` is short for `None` with `interpolate_grid=True`.
+        interpolate_grid: Whether images of another grid are welcome: means over areas take their normalised patches to
+            the adapter's grid before they are pooled. `False` makes another grid an error.
+
+    In a backbone with stages (Swin) the grid is that of the first; each later one has half the rows and columns,
+    rounded up, and blocks of one width share a projector.
 
     See `PromptConfig` for the other arguments.
 
@@ -64,9 +70,10 @@ class VAPTConfig(PromptConfig):
     projector_dropout: float = field(default=0.1, metadata={"help": "Dropout in the projector."})
     shared_projector: bool = field(default=True, metadata={"help": "One projector for all blocks."})
     learnable_scale: bool = field(default=False, metadata={"help": "Learn the scale of the projector."})
-    grid: list[int] | None = field(
+    grid: list[int] | str | None = field(
         default=None, metadata={"help": "Rows and columns of patches; those of the model's image size if left out."}
     )
+    interpolate_grid: bool = field(default=False, metadata={"help": "Area-pool other grids to the adapter's."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,8 +87,10 @@ class VAPTConfig(PromptConfig):
         self.check_int("projector_dim", low=1)
         for name in ("channel_dropout", "projector_dropout"):
             self.check_fraction(name)
-        for name in ("shared_kernel", "shared_projector", "learnable_scale"):
+        for name in ("shared_kernel", "shared_projector", "learnable_scale", "interpolate_grid"):
             self.check_bool(name)
+        if self.grid == "interpolate":
+            self.grid, self.interpolate_grid = None, True
         self.grid = self._list_of("grid", int)
         if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
             self.fail("grid", "two positive numbers, the rows and columns of patches")
@@ -91,5 +100,19 @@ class VAPTConfig(PromptConfig):
 
     def check_grid(self) -> None:
         """Raises `ValueError` if the kernel does not fit into the grid."""
-        if self.grid is not None and self.pooling == "conv" and min(self.grid) + 2 * self.padding < self.kernel_size:
-            self.fail("kernel_size", f"at most {min(self.grid) + 2 * self.padding} for a grid of {self.grid} patches")
+        if self.grid is None or self.pooling != "conv":
+            return
+        smallest = min(self.grid_at(len(self.depths or [1]) - 1))
+        if smallest + 2 * self.padding < self.kernel_size:
+            self.fail("kernel_size", f"at most {smallest + 2 * self.padding} for a grid of {self.grid} patches")
+
+    def grid_at(self, stage: int) -> tuple[int, int]:
+        """Rows and columns of patches in a stage of the backbone."""
+        return halved(tuple(self.grid), stage)
+
+
+def halved(grid: tuple[int, int], times: int) -> tuple[int, int]:
+    """A patch grid after some patch mergings, each of which joins 2 × 2 patches and pads an odd side."""
+    for _ in range(times):
+        grid = tuple(-(-side // 2) for side in grid)
+    return grid

@@ -9,6 +9,7 @@ import torch
 from ...backbones import Backbone
 from ..base import BlockLayout, Prompts, PromptTuner
 from ..base.model import EmbeddingsHook
+from ..base.prompts import first_of_width
 from ..vpt import VPTConfig, VPTPrompts
 from .config import VAPTConfig
 from .prompts import AdaptivePrompts
@@ -64,8 +65,8 @@ class VAPTModel(PromptTuner):
     @classmethod
     def make_prompts(cls, config: VAPTConfig, layout: BlockLayout, peers: list[Prompts]) -> Prompts:
         if layout.position >= config.num_static_layers:
-            owner = next((peer for peer in peers if isinstance(peer, AdaptivePrompts)), None)
-            return AdaptivePrompts(config, layout, owner)
+            adaptive = [peer for peer in peers if isinstance(peer, AdaptivePrompts)]
+            return AdaptivePrompts(config, layout, first_of_width(adaptive, layout.width))
         static = VPTConfig(
             num_virtual_tokens=config.num_virtual_tokens,
             prompt_dropout=config.prompt_dropout,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..base import BlockLayout, Prompts
-from .config import VAPTConfig
+from .config import VAPTConfig, halved
 
 
 ACTIVATIONS = {
@@ -27,17 +27,18 @@ class GridPooling(nn.Module):
 
     Args:
         config: The adapter's config.
+        layout: The block.
     """
 
-    def __init__(self, config: VAPTConfig):
+    def __init__(self, config: VAPTConfig, layout: BlockLayout):
         super().__init__()
-        self.grid = tuple(config.grid)
+        self.grid = config.grid_at(layout.stage)
         self.padding = config.padding
         self.dropout = nn.Dropout2d(config.channel_dropout)
         self.kernel = None
         height, width = self.grid
         if config.pooling == "conv":
-            channels = 1 if config.shared_kernel else config.token_dim
+            channels = 1 if config.shared_kernel else layout.width
             self.kernel = nn.Parameter(torch.empty(channels, 1, config.kernel_size, config.kernel_size))
             nn.init.normal_(self.kernel)
             height += 2 * config.padding - config.kernel_size + 1
@@ -70,14 +71,15 @@ class FeatureProjector(nn.Module):
 
     Args:
         config: The adapter's config.
+        width: Width D of the prompts.
     """
 
-    def __init__(self, config: VAPTConfig):
+    def __init__(self, config: VAPTConfig, width: int):
         super().__init__()
-        self.down = nn.Linear(config.token_dim, config.projector_dim, bias=False)
+        self.down = nn.Linear(width, config.projector_dim, bias=False)
         self.activation = ACTIVATIONS[config.projector_activation]()
         self.dropout = nn.Dropout(config.projector_dropout)
-        self.up = nn.Linear(config.projector_dim, config.token_dim, bias=False)
+        self.up = nn.Linear(config.projector_dim, width, bias=False)
         self.scale = nn.Parameter(torch.ones(1)) if config.learnable_scale else None
 
     def forward(self, prompts: torch.Tensor) -> torch.Tensor:
@@ -92,36 +94,49 @@ class AdaptivePrompts(Prompts):
     Args:
         config: The adapter's config, complete with its grid.
         layout: The block.
-        owner: Adaptive prompts of an earlier block, which own the shared projector; None in the first such block.
+        owner: Adaptive prompts of an earlier block of this width, which own the shared projector; None in the first.
     """
 
     def __init__(self, config: VAPTConfig, layout: BlockLayout, owner: AdaptivePrompts | None = None):
         super().__init__(config.num_virtual_tokens)
+        self.width = layout.width
         self.num_prefix_tokens = layout.num_prefix_tokens
-        self.norm = nn.LayerNorm(config.token_dim)
-        self.pooling = GridPooling(config)
+        self.interpolates = config.interpolate_grid
+        # Rows and columns of patches in the first stage that the adapter is made for, and how often they were halved.
+        self.image_grid, self.stage = tuple(config.grid), layout.stage
+        # Those of the images that are on their way through the model.
+        self.present_grid: tuple[int, int] | None = None
+        self.norm = nn.LayerNorm(layout.width)
+        self.pooling = GridPooling(config, layout)
         # In a list, so that a shared projector is saved, counted and trained once, with its first block.
         self._owner = [owner] if owner is not None and config.shared_projector else []
         if not self._owner:
-            self.projector = FeatureProjector(config)
+            self.projector = FeatureProjector(config, layout.width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         patches = hidden_states[:, self.num_prefix_tokens :]
         height, width = self.pooling.grid
-        if patches.shape[1] != height * width:
+        resized = self.interpolates and self.present_grid not in (None, self.pooling.grid)
+        if not resized and patches.shape[1] != height * width:
             raise ValueError(
                 f"Found {patches.shape[1]} patches in an image. This VAPT adapter was made for a grid of {height} × "
                 f"{width}, {height * width} patches. Give images of the size it was trained on, or train one with "
                 "VAPTConfig(grid=[rows, columns])."
             )
-        projector = self._owner[0].projector if self._owner else self.projector
         # In the adapter's own dtype, float32 as a rule: the block takes the prompts to its dtype.
-        return projector(self.pooling(self.norm(patches.to(self.norm.weight.dtype))))
+        patches = self.norm(patches.to(self.norm.weight.dtype))
+        if resized:
+            maps = patches.mT.unflatten(2, self.present_grid)
+            patches = nn.functional.adaptive_avg_pool2d(maps, self.pooling.grid).flatten(2).mT
+        projector = self._owner[0].projector if self._owner else self.projector
+        return projector(self.pooling(patches))
 
     def check_grid(self, height: int, width: int) -> None:
-        if (height, width) != self.pooling.grid:
-            expected = " × ".join(map(str, self.pooling.grid))
+        if (height, width) != self.image_grid and not self.interpolates:
+            expected = " × ".join(map(str, self.image_grid))
             raise ValueError(
                 f"Found an image of {height} × {width} patches. This VAPT adapter was made for {expected}. "
-                "Give images of the size it was trained on, or train one with VAPTConfig(grid=[rows, columns])."
+                "Give images of the size it was trained on, train one with VAPTConfig(grid=[rows, columns]), or one "
+                "that pools other grids to its own with VAPTConfig(grid='interpolate')."
             )
+        self.present_grid = halved((height, width), self.stage)

@@ -18,8 +18,8 @@ class VPTConfig(PromptConfig):
     Tuned numbers: L·N·D (shallow: N·D); with a projection L·N·d + d·D + D. ViT-B/16, N=50, deep: 460,800.
 
     Args:
-        projection_dim: Width d of the table; one linear layer with bias, shared by all blocks, takes it to the width
-            D of the tokens. `None` (the default) for a table of width D.
+        projection_dim: Width d of the table; one linear layer with bias, shared by all blocks of the same width D
+            (in a ViT, all blocks), takes it to that width. `None` (the default) for a table of width D.
 
     See `PromptConfig` for the other arguments. The paper searches `num_virtual_tokens` in {1, 5, 10, 50, 100, 200}
     for each data set and uses `prompt_dropout=0.1`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..base import BlockLayout, PromptTuner
+from ..base.prompts import first_of_width
 from .config import VPTConfig
 from .prompts import VPTPrompts
 
@@ -15,4 +16,4 @@ class VPTModel(PromptTuner):
 
     @classmethod
     def make_prompts(cls, config: VPTConfig, layout: BlockLayout, peers: list[VPTPrompts]) -> VPTPrompts:
-        return VPTPrompts(config, layout, owner=peers[0] if peers else None)
+        return VPTPrompts(config, layout, owner=first_of_width(peers, layout.width))

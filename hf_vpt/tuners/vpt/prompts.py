@@ -16,20 +16,21 @@ class VPTPrompts(StaticPrompts):
     Args:
         config: The adapter's config.
         layout: The block.
-        owner: Prompts of the adapter's first block, which own the projection; None in that block.
+        owner: Prompts of the first block of this width, which own the projection; None in that block.
     """
 
     def __init__(self, config: VPTConfig, layout: BlockLayout, owner: VPTPrompts | None = None):
         super().__init__(config.num_virtual_tokens, config.prompt_dropout, config.deep)
-        width = config.projection_dim or config.token_dim
+        width = config.projection_dim or layout.width
         self.prompt_embeddings = nn.Parameter(torch.empty(config.num_virtual_tokens, width))
         vpt_uniform_(self.prompt_embeddings, layout.patch_size)
+        self.width = layout.width
         # In a list, so that the projection is saved, counted and trained once, with the first block.
         self._owner = [] if owner is None else [owner]
         if config.projection_dim is None:
             self.projection = None
         elif owner is None:
-            self.projection = nn.Linear(config.projection_dim, config.token_dim)
+            self.projection = nn.Linear(config.projection_dim, layout.width)
             nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
 
     def table(self) -> torch.Tensor:

@@ -18,6 +18,7 @@ the prompts, and nothing of ours is ever saved in it.
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,68 +26,30 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .access import LinearProjections
+from .keys_values import PromptKeysValues, insert_into_mask
+
 
 PROMPTED_ATTENTION = "hfvpt_prompted_attention"
 # The keyword under which a block's keys and values travel through layer and attention module to the function below.
 KEYS_VALUES = "prompt_keys_values"
+# The same for prompts that stand among the tokens of a block that makes a mask of its own.
+INSERTED = "inserted_prompts"
 
 
-class PromptKeysValues:
-    """Keys and values that one block adds to its attention in one forward pass.
+@dataclass(frozen=True)
+class InsertedPrompts:
+    """Prompts among the tokens of a block that does not know of them and makes its mask without them.
 
-    Args:
-        key: `(1|B, heads, N, head_dim)`.
-        value: `(1|B, heads, N, head_dim)`.
-        bias: Added to the attention logits of the prompt columns before the softmax, `(1|B, 1, 1, N)`; a large
-            negative number takes a prompt away from an image.
+    Attributes:
+        start: Tokens before the prompts.
+        num_tokens: Number of prompts.
+        absent: Prompts that an image does not have, `(B, N)`; None where all are there.
     """
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None):
-        self.key = key
-        self.value = value
-        self.bias = bias
-        self.arrived = False
-
-    def append_to(
-        self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys and values `(B, heads, T + N, head_dim)` and the mask with columns for the prompts."""
-        batch_size, num_heads, _, head_dim = key.shape
-        shape = (batch_size, num_heads, self.key.shape[2], head_dim)
-        # Autocast or an adapter kept in float32 may give prompts another dtype than the tokens have.
-        key_and_prompts = torch.cat([key, self.key.to(key.dtype).expand(shape)], dim=2)
-        value_and_prompts = torch.cat([value, self.value.to(value.dtype).expand(shape)], dim=2)
-        return key_and_prompts, value_and_prompts, extend_mask(mask, key, self.key.shape[2], self.bias)
-
-
-def extend_mask(
-    mask: torch.Tensor | None, key: torch.Tensor, num_prompts: int, bias: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """Adds columns for prompts to an attention mask.
-
-    Args:
-        mask: `(1|B, 1|heads, 1|T, T)`, boolean (true: attend) or added to the logits; None where all may attend.
-        key: The tokens' keys `(B, heads, T, head_dim)`.
-        num_prompts: Number N of columns.
-        bias: What the new columns hold, `(1|B, 1, 1, N)`; None for "attend".
-
-    Returns:
-        `(…, T + N)`, or None where there is nothing to mask.
-    """
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        raise ValueError(
-            f"Found an attention mask of type {type(mask).__name__}. Prompts need a mask that is a tensor. Use "
-            "`model.set_attn_implementation('sdpa')` or 'eager', or call the model without an attention mask."
-        )
-    if bias is None:
-        return None if mask is None else nn.functional.pad(mask, (0, num_prompts), value=mask.dtype == torch.bool)
-    bias = bias.to(key.dtype)
-    if mask is None:
-        return nn.functional.pad(bias, (key.shape[2], 0))
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=key.dtype).masked_fill(~mask, torch.finfo(key.dtype).min)
-    batch_size = max(mask.shape[0], bias.shape[0])
-    return torch.cat([mask.expand(batch_size, -1, -1, -1), bias.expand(batch_size, *mask.shape[1:3], -1)], dim=-1)
+    start: int
+    num_tokens: int
+    absent: torch.Tensor | None = None
 
 
 def prompted_attention(
@@ -99,17 +62,24 @@ def prompted_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The model's own attention function, run on the tokens and on the prompts that came along."""
-    prompts = kwargs.pop(KEYS_VALUES, None)
+    given = kwargs
+    if module.config.relayed:
+        given, module.config.relayed = module.config.relayed, {}
+    kwargs = {name: value for name, value in kwargs.items() if name not in (KEYS_VALUES, INSERTED)}
+    prompts, inserted = given.get(KEYS_VALUES), given.get(INSERTED)
     config = module.config.unprompted
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, module.config.eager_attention)
+    if inserted is not None:
+        attention_mask = insert_into_mask(
+            attention_mask, inserted.start, inserted.num_tokens, inserted.absent, like=key.transpose(1, 2)
+        )
     if prompts is not None:
         key, value, attention_mask = prompts.append_to(key, value, attention_mask)
-        # Only a check, and a compiled graph may not have side effects.
-        if not torch.compiler.is_compiling():
-            prompts.arrived = True
     if attention not in (module.config.eager_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]):
         # Flash attention asks the module's config for the name of its kernel.
         module = _Unprompted(module)
+    if prompts is not None:
+        prompts.attend(key, value, lambda *tensors: attention(module, *tensors, *args, **kwargs))
     return attention(module, query, key, value, attention_mask, *args, **kwargs)
 
 
@@ -131,6 +101,7 @@ class PromptedAttentionConfig:
     _attn_implementation = PROMPTED_ATTENTION
 
     def __init__(self, unprompted: Any, eager_attention: Any):
+        self.relayed: dict[str, Any] = {}
         self.unprompted = unprompted
         self.eager_attention = eager_attention
 
@@ -141,18 +112,55 @@ class PromptedAttentionConfig:
         return getattr(self.unprompted, name)
 
 
-def open_attention_for_prompts(attention: nn.Module) -> None:
-    """Lets the keys and values of prompts into an attention module; `close_attention_for_prompts` undoes it."""
-    if not isinstance(attention.config, PromptedAttentionConfig):
+class _Relay:
+    """Forward pre-hook of an attention module that keeps keyword arguments to itself: takes prompts out of them."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # Set and taken within one call of the module, so nothing can come between.
+        module.config.relayed = {name: kwargs[name] for name in (KEYS_VALUES, INSERTED) if name in kwargs}
+        return args, {name: value for name, value in kwargs.items() if name not in module.config.relayed}
+
+
+class InterfaceAttention(LinearProjections):
+    """An attention module that calls the function which Transformers' attention interface names.
+
+    Args:
+        relays: Whether the module does not pass keyword arguments on to the function (SigLIP).
+    """
+
+    def __init__(self, relays: bool = False):
+        super().__init__()
+        self.relays = relays
+
+    def open(self, attention: nn.Module) -> None:
+        if self.is_open(attention):
+            return
         # The eager function is the family's own and stands beside its attention class.
         eager_attention = sys.modules[type(attention).__module__].eager_attention_forward
         attention.config = PromptedAttentionConfig(attention.config, eager_attention)
+        if self.relays:
+            attention.register_forward_pre_hook(_Relay(), with_kwargs=True)
 
-
-def close_attention_for_prompts(attention: nn.Module) -> None:
-    """Gives an attention module its own config back."""
-    if isinstance(attention.config, PromptedAttentionConfig):
+    def close(self, attention: nn.Module) -> None:
+        if not self.is_open(attention):
+            return
         attention.config = attention.config.unprompted
+        # Not through the handle of the hook: it does not survive a copy of the model.
+        for key, hook in list(attention._forward_pre_hooks.items()):
+            if isinstance(hook, _Relay):
+                del attention._forward_pre_hooks[key]
+                attention._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def is_open(self, attention: nn.Module) -> bool:
+        return isinstance(attention.config, PromptedAttentionConfig)
+
+    def hand_over(
+        self, attention: nn.Module, keys_values: PromptKeysValues | None, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        # A plain function argument, so any number of forward passes may be alive at once.
+        return kwargs if keys_values is None else {**kwargs, KEYS_VALUES: keys_values}
 
 
 AttentionInterface.register(PROMPTED_ATTENTION, prompted_attention)

@@ -1,0 +1,17 @@
+"""Prompts as extra keys and values of a block's own attention."""
+
+from .access import AttentionAccess, LinearProjections, StateOnModule
+from .interface import INSERTED, InsertedPrompts, InterfaceAttention
+from .keys_values import PromptKeysValues, insert_into_mask
+
+
+__all__ = [
+    "INSERTED",
+    "AttentionAccess",
+    "InsertedPrompts",
+    "InterfaceAttention",
+    "LinearProjections",
+    "PromptKeysValues",
+    "StateOnModule",
+    "insert_into_mask",
+]

@@ -1,0 +1,144 @@
+"""What prompts are to an attention function: more keys, more values, more columns of the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class PromptKeysValues:
+    """Keys and values that one block adds to its attention in one forward pass.
+
+    Where attention runs in windows, every window of an image gets the prompts of its own image.
+
+    Args:
+        key: `(1|B, heads, N, head_dim)`.
+        value: `(1|B, heads, N, head_dim)`.
+        bias: Added to the attention logits of the prompt columns before the softmax, `(1|B, 1, 1, N)`; a large
+            negative number takes a prompt away from an image.
+        query: `(B, heads, M, head_dim)`, M ≤ N, where the first M prompts look at the tokens too; `attended` holds
+            what they saw afterwards, `(B, M, heads·head_dim)`, the mean over the windows of the image.
+    """
+
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        query: torch.Tensor | None = None,
+    ):
+        self.key = key
+        self.value = value
+        self.bias = bias
+        self.query = query
+        self.attended: torch.Tensor | None = None
+        self.arrived = False
+
+    def append_to(
+        self, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Keys and values `(B, heads, T + N, head_dim)` and the mask with columns for the prompts."""
+        # Only a check, and a compiled graph may not have side effects.
+        if not torch.compiler.is_compiling():
+            self.arrived = True
+        # Autocast or an adapter kept in float32 may give prompts another dtype than the tokens have.
+        prompt_key, prompt_value = (
+            for_windows(t.to(key.dtype), len(key)).expand(len(key), -1, -1, -1) for t in (self.key, self.value)
+        )
+        bias = None if self.bias is None else for_windows(self.bias, len(key))
+        key_and_prompts = torch.cat([key, prompt_key], dim=2)
+        value_and_prompts = torch.cat([value, prompt_value], dim=2)
+        return key_and_prompts, value_and_prompts, extend_mask(mask, key, self.key.shape[2], bias)
+
+    def attend(
+        self, key: torch.Tensor, value: torch.Tensor, attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        """Lets the prompts with a query look at everything, without any mask or position bias.
+
+        Args:
+            key: Keys of tokens and prompts, `(windows, heads, T + N, head_dim)`, as `append_to` returns them.
+            value: Their values.
+            attention: Output `(windows, M, heads, head_dim)` from query, key, value and mask.
+        """
+        if self.query is None:
+            return
+        mask = None
+        if self.bias is not None:
+            num_tokens = key.shape[2] - self.bias.shape[3]
+            mask = nn.functional.pad(for_windows(self.bias, len(key)).to(key.dtype), (num_tokens, 0))
+        output, _ = attention(for_windows(self.query.to(key.dtype), len(key)), key, value, mask)
+        self.attended = output.flatten(2).unflatten(0, (len(self.query), -1)).mean(dim=1)
+
+
+def for_windows(tensor: torch.Tensor, num_windows: int) -> torch.Tensor:
+    """One entry for each window: `(B, …)` to `(num_windows, …)`; what is the same for all images stays `(1, …)`."""
+    if len(tensor) in (1, num_windows):
+        return tensor
+    # Windows of an image stand side by side, images one after the other.
+    return tensor.repeat_interleave(num_windows // len(tensor), dim=0)
+
+
+def extend_mask(
+    mask: torch.Tensor | None, key: torch.Tensor, num_prompts: int, bias: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Adds columns for prompts to an attention mask.
+
+    Args:
+        mask: `(1|B, 1|heads, 1|T, T)`, boolean (true: attend) or added to the logits; None where all may attend.
+        key: The tokens' keys `(B, heads, T, head_dim)`.
+        num_prompts: Number N of columns.
+        bias: What the new columns hold, `(1|B, 1, 1, N)`; None for "attend".
+
+    Returns:
+        `(…, T + N)`, or None where there is nothing to mask.
+    """
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"Found an attention mask of type {type(mask).__name__}. Prompts need a mask that is a tensor. Use "
+            "`model.set_attn_implementation('sdpa')` or 'eager', or call the model without an attention mask."
+        )
+    if bias is None:
+        return None if mask is None else nn.functional.pad(mask, (0, num_prompts), value=mask.dtype == torch.bool)
+    bias = bias.to(key.dtype)
+    if mask is None:
+        return nn.functional.pad(bias, (key.shape[2], 0))
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=key.dtype).masked_fill(~mask, torch.finfo(key.dtype).min)
+    batch_size = max(mask.shape[0], bias.shape[0])
+    return torch.cat([mask.expand(batch_size, -1, -1, -1), bias.expand(batch_size, *mask.shape[1:3], -1)], dim=-1)
+
+
+def insert_into_mask(
+    mask: torch.Tensor | None, start: int, num_tokens: int, absent: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor | None:
+    """Adds rows and columns for prompts that stand among the tokens.
+
+    Args:
+        mask: `(1|B, 1|heads, 1|T, T)`, boolean (true: attend) or added to the logits; None where all may attend.
+        start: Tokens before the prompts.
+        num_tokens: Number n of prompts.
+        absent: Prompts that an image does not have, `(B, n)`; None where all are there.
+        like: A tensor `(B, T + n, …)` with the dtype of the logits.
+
+    Returns:
+        `(…, T + n)`, with n more rows where the mask has one row for each token; None where there is nothing to mask.
+    """
+    if mask is None and absent is None:
+        return None
+    if mask is None:
+        mask = like.new_zeros(1, 1, 1, like.shape[1] - num_tokens)
+    attend = mask.dtype == torch.bool
+    if mask.shape[2] > 1:
+        # Prompts see what the first token, CLS, sees: a token that is hidden must not come in through them. A position
+        # bias is for tokens that have a position; prompts have none.
+        row = mask[:, :, :1] if attend else mask[:, :, :1].where(mask[:, :, :1] < torch.finfo(mask.dtype).min / 2, 0)
+        mask = torch.cat([mask[:, :, :start], row.expand(-1, -1, num_tokens, -1), mask[:, :, start:]], dim=2)
+    if absent is None:
+        columns = mask.new_full((*mask.shape[:3], num_tokens), attend)
+    else:
+        columns = ~absent if attend else absent.to(mask.dtype) * torch.finfo(mask.dtype).min
+        mask = mask.expand(len(absent), -1, -1, -1)
+        columns = columns[:, None, None].expand(*mask.shape[:3], -1)
+    return torch.cat([mask[..., :start], columns, mask[..., start:]], dim=3)

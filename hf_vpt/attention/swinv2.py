@@ -1,0 +1,67 @@
+"""Prompts in Swin-v2's attention, which is its own and not Transformers' interface."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers.models.swinv2.modeling_swinv2 import Swinv2SelfAttention
+
+from .access import LinearProjections, StateOnModule
+
+
+class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
+    """Scaled cosine attention (Swin-v2, arXiv 2111.09883, eq. 2) over the tokens of a window and the prompts.
+
+    The logits of prompts have the block's own temperature and no position bias: prompts have no position.
+    """
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """`(windows, T, D)` to `(windows, T, D)`; attention weights `(windows, heads, T, T + N)` where asked for."""
+        prompts = self.hfvpt_keys_values
+        if prompts is None:
+            return super().forward(hidden_states, attention_mask, output_attentions)
+        key, value, query = SWINV2_ATTENTION.project(self, hidden_states, hidden_states.shape[1])
+        mask = self._position_bias()
+        if attention_mask is not None:
+            num_images = len(hidden_states) // len(attention_mask)
+            # Twice, as the model adds it.
+            mask = mask + 2 * attention_mask[:, None].repeat(num_images, 1, 1, 1)
+        key, value, mask = prompts.append_to(key, value, mask)
+        context, weights = self._attend(query, key, value, mask)
+        prompts.attend(key, value, self._attend)
+        context = context.flatten(2)
+        return (context, weights) if output_attentions else (context,)
+
+    def _position_bias(self) -> torch.Tensor:
+        """The continuous position bias of the window, `(1, heads, T, T)`."""
+        table = self.continuous_position_bias_mlp(self.relative_coords_table).flatten(0, -2)
+        num_tokens = self.window_size[0] * self.window_size[1]
+        bias = table[self.relative_position_index.flatten()].view(num_tokens, num_tokens, -1)
+        return 16 * torch.sigmoid(bias.permute(2, 0, 1))[None]
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output `(windows, T, heads, head_dim)` and weights."""
+        query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
+        logits = query @ key.mT * self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
+        weights = self.dropout((logits if mask is None else logits + mask).softmax(dim=-1))
+        return (weights @ value).transpose(1, 2), weights
+
+
+class _Swinv2Attention(LinearProjections, StateOnModule):
+    def __init__(self):
+        super().__init__("query", "key", "value", "attention_head_size")
+
+    def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
+        return PromptedSwinv2SelfAttention
+
+
+SWINV2_ATTENTION = _Swinv2Attention()
