@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt import VAPTConfig
 from hf_vpt.tuners.vapt import AdaptivePrompts
+from hf_vpt.tuners.base import BlockLayout
 from hf_vpt.tuners.vapt.prompts import GridPooling
 
 
@@ -132,7 +133,7 @@ def test_first_blocks_are_static_and_projectors_are_shared_or_not(num_static_lay
 def test_folded_pooling_equals_convolution_dropout_and_mixing_in_turn(settings, channel_dropout):
     config = VAPTConfig(num_virtual_tokens=3, grid=GRID, token_dim=16, channel_dropout=channel_dropout, **settings)
     torch.manual_seed(0)
-    pooling = GridPooling(config).train()
+    pooling = GridPooling(config, BlockLayout(0, 0, config.token_dim)).train()
     for parameter in pooling.parameters():
         nn.init.normal_(parameter)
     patches = torch.randn(4, 6, 16)
@@ -163,7 +164,7 @@ def test_channel_dropout_takes_whole_channels_from_all_prompts_of_an_image(num_v
     # Regression: the folded pooling dropped along the prompts, and failed unless there were as many as channels.
     config = VAPTConfig(num_virtual_tokens=num_virtual_tokens, grid=GRID, token_dim=16, channel_dropout=0.5)
     torch.manual_seed(0)
-    pooling = GridPooling(config).train()
+    pooling = GridPooling(config, BlockLayout(0, 0, config.token_dim)).train()
     nn.init.normal_(pooling.mix.weight)
     found = pooling(torch.randn(8, 6, 16))
     assert found.shape == (8, num_virtual_tokens, 16)
@@ -191,7 +192,7 @@ def test_adaptive_prompts_are_zero_at_the_start():
 def test_initial_kernels_are_standard_normal():
     torch.manual_seed(0)
     config = VAPTConfig(shared_kernel=False, kernel_size=10, padding=9, grid=GRID, token_dim=100)
-    kernel = GridPooling(config).kernel
+    kernel = GridPooling(config, BlockLayout(0, 0, config.token_dim)).kernel
     assert kernel.shape == (100, 1, 10, 10)
     assert abs(kernel.mean()) < 0.05
     assert kernel.std().item() == pytest.approx(1, rel=0.05)
@@ -219,7 +220,7 @@ def test_prompts_follow_the_patches_of_the_image_and_not_its_prefix():
 def test_rows_and_columns_of_the_grid_are_not_mixed_up(num_virtual_tokens):
     """Mixing weights that pick one position of the pooled map give the kernel's window at that position."""
     config = VAPTConfig(num_virtual_tokens=num_virtual_tokens, grid=[3, 4], token_dim=2)
-    pooling = GridPooling(config).eval()
+    pooling = GridPooling(config, BlockLayout(0, 0, config.token_dim)).eval()
     patches = torch.arange(12.0)[None, :, None] * torch.tensor([1.0, 100.0])
     with torch.no_grad():
         pooling.kernel.copy_(torch.tensor([[1.0, 0.0], [0.0, -1.0]])[None, None])

@@ -39,7 +39,7 @@ def concatenate_run_strip(backbone, model, tables, pixel_values, deep: bool = Tr
     record = RECORDS[backbone.model_type]
     root, prefix = root_of(model), backbone.num_prefix_tokens
     hidden = root.get_submodule(record.embeddings)(pixel_values)
-    blocks = root.get_submodule(record.blocks)
+    blocks = root.get_submodule(record.blocks.removesuffix(".*"))
     for index, block in enumerate(blocks):
         if index in tables:
             prompts = tables[index].expand(len(hidden), -1, -1)

@@ -69,7 +69,7 @@ class PromptKeysValues:
             num_tokens = key.shape[2] - self.bias.shape[3]
             mask = nn.functional.pad(for_windows(self.bias, len(key)).to(key.dtype), (num_tokens, 0))
         output, _ = attention(for_windows(self.query.to(key.dtype), len(key)), key, value, mask)
-        self.attended = output.flatten(2).unflatten(0, (len(self.query), -1)).mean(dim=1)
+        self.attended = mean_over_windows(output.flatten(2), len(self.query))
 
 
 def for_windows(tensor: torch.Tensor, num_windows: int) -> torch.Tensor:
@@ -78,6 +78,11 @@ def for_windows(tensor: torch.Tensor, num_windows: int) -> torch.Tensor:
         return tensor
     # Windows of an image stand side by side, images one after the other.
     return tensor.repeat_interleave(num_windows // len(tensor), dim=0)
+
+
+def mean_over_windows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The mean over the windows of each image, `(num_windows, …)` to `(B, …)`."""
+    return tensor.unflatten(0, (batch_size, -1)).mean(dim=1)
 
 
 def extend_mask(

@@ -227,7 +227,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             if self.is_last:
                 self.outputs = PromptBatch(outputs, None, batch.absent, batch.pooled)
             else:
-                self._first[0].carried = PromptBatch(outputs, None, flowing.absent, flowing.pooled)
+                (self._first or [self])[0].carried = PromptBatch(outputs, None, flowing.absent, flowing.pooled)
         return output
 
     def _receive(self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None) -> PromptBatch | None:
