@@ -35,11 +35,14 @@ class BackboneRecord:
         prefix_tokens: Paths of the parameters that stand before the patches, `(1, n, D)` or `(D,)`. Absent ones and
             `None` count as zero tokens, so that one record serves models with and without them.
         heads: Names, in a model with a task head, of the modules to train together with the prompts.
+        mask: Name of the block's argument for the attention mask, the first one after the tokens.
         mask_in_block: Whether a block adds a position bias to the attention mask, so that a mask for more tokens than
             it knows of has to be made behind it.
         pads_image: Whether an image that does not divide into patches is enlarged, rather than cropped.
         shuffles_patches: Whether the embeddings reorder the patches at random and drop a part `config.mask_ratio`
             of them (ViT-MAE). Prompts that pool the patch grid need it whole and in order.
+        checkpoints_outside: Whether the root records and checkpoints blocks from outside (timm). Elsewhere Transformers
+            does so within a block.
         windows: How prompts flow beside tokens that attention splits into windows; None for global attention.
         merging: Path, in a stage, of the module between it and the next one.
         pooler: Path of the module that averages the tokens; its input is `(B, D, T)`.
@@ -58,9 +61,11 @@ class BackboneRecord:
     patch_projection: str = "embeddings.patch_embeddings.projection"
     prefix_tokens: tuple[str, ...] = ("embeddings.cls_token",)
     heads: tuple[str, ...] = ("classifier",)
+    mask: str = "attention_mask"
     mask_in_block: bool = False
     pads_image: bool = False
     shuffles_patches: bool = False
+    checkpoints_outside: bool = False
     windows: WindowedBlocks | None = None
     merging: str | None = None
     pooler: str | None = None
@@ -157,6 +162,8 @@ BACKBONES: dict[str, BackboneRecord] = {
             norm="norm1",
             attention="attn",
             access=TIMM_ATTENTION,
+            mask="attn_mask",
+            checkpoints_outside=True,
             embeddings="patch_embed",
             patch_projection="patch_embed.proj",
             prefix_tokens=("cls_token", "dist_token", "reg_token"),
@@ -316,7 +323,7 @@ def _heads(model: nn.Module, root: str, record: BackboneRecord) -> Iterable[str]
 
 
 def _join(root: str, path: str) -> str:
-    return f"{root}.{path}" if root else path
+    return ".".join(part for part in (root, path) if part)
 
 
 def _ceil_div(value: int, divisor: int) -> int:

@@ -128,9 +128,11 @@ def pair_windows_as_published(monkeypatch) -> None:
     monkeypatch.setattr(
         keys_values,
         "for_windows",
-        lambda tensor, num: for_windows(tensor, num)
-        if len(tensor) in (1, num)
-        else sorted_by_window(for_windows(tensor, num), num // len(tensor)),
+        lambda tensor, num: (
+            for_windows(tensor, num)
+            if len(tensor) in (1, num)
+            else sorted_by_window(for_windows(tensor, num), num // len(tensor))
+        ),
     )
     monkeypatch.setattr(keys_values, "mean_over_windows", lambda tensor, n: mean(sorted_by_window(tensor, n), n))
 

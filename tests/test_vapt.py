@@ -10,8 +10,8 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt import VAPTConfig
-from hf_vpt.tuners.vapt import AdaptivePrompts
 from hf_vpt.tuners.base import BlockLayout
+from hf_vpt.tuners.vapt import AdaptivePrompts
 from hf_vpt.tuners.vapt.prompts import GridPooling
 
 

@@ -93,6 +93,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         # In lists, so that torch does not take them for parts of this block.
         self._first: list[PromptedBlock] = []
         self._merging_before: list[nn.Module] = []
+        # Whether shallow prompts leave the hidden states between blocks that have no windows, too.
+        self.carries = False
         # Kept by block 0, from one block to the next: prompts that flow beside the tokens.
         self.carried: PromptBatch | None = None
         # Kept by the last block until the tokens are pooled: what its prompts became.
@@ -118,6 +120,11 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
     @property
     def access(self) -> AttentionAccess:
         return self.backbone.record.access
+
+    @property
+    def first(self) -> PromptedBlock | None:
+        """Block 0, if it is wrapped."""
+        return self if self.index == 0 else next(iter(self._first), None)
 
     @property
     def is_last(self) -> bool:
@@ -169,8 +176,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             return self._forward_beside(hidden_states, adapter_names, args, kwargs)
         num_flowing, absent = self._flowing(hidden_states, adapter_names)
         tokens = hidden_states
-        if num_flowing and self.index == 0:
-            flowing = self._make(hidden_states, adapter_names, deep=False)
+        if num_flowing and (self.index == 0 or self.carries):
+            flowing = self._receive(hidden_states, adapter_names)
             tokens = self._insert(hidden_states, flowing)
         elif num_flowing:
             hidden_states = self._strip(hidden_states, num_flowing)
@@ -193,7 +200,10 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         all_tokens = _tokens_of(output)
         visible = self._strip(all_tokens, inserted)
         _show(visible, instead_of=all_tokens, initial=hidden_states if self.index == 0 else None)
-        if not num_flowing or self.is_last:
+        if num_flowing and self.carries and not self.is_last:
+            stop = self.backbone.num_prefix_tokens + inserted
+            self.first.carried = PromptBatch(all_tokens[:, stop - num_flowing : stop])
+        if not num_flowing or self.is_last or self.carries:
             return _with_tokens(output, visible)
         return _with_tokens(output, self._strip(all_tokens, inserted - num_flowing))
 
@@ -227,7 +237,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             if self.is_last:
                 self.outputs = PromptBatch(outputs, None, batch.absent, batch.pooled)
             else:
-                (self._first or [self])[0].carried = PromptBatch(outputs, None, flowing.absent, flowing.pooled)
+                self.first.carried = PromptBatch(outputs, None, flowing.absent, flowing.pooled)
         return output
 
     def _receive(self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None) -> PromptBatch | None:
@@ -236,9 +246,9 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             made = self._make(hidden_states, adapter_names, deep=False)
             self.carried = None
             return None if made is None else made.for_images(len(hidden_states))
-        if not self._first or self._first[0].carried is None:
+        if self.first is None or self.first.carried is None:
             return None
-        received, self._first[0].carried = self._first[0].carried, None
+        received, self.first.carried = self.first.carried, None
         if self._merging_before:
             received.prompts = self.backbone.record.windows.merge(self._merging_before[0], received.prompts)
         return received
@@ -286,9 +296,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None
     ) -> tuple[int, torch.Tensor | None]:
         """Number of shallow prompts in the hidden states and which of them are padding `(B, N)`."""
-        first = self if self.index == 0 else next(iter(self._first), None)
-        selected = {} if first is None else first._selected(adapter_names, deep=False)
-        sizes = {name: first.prompts[name].num_virtual_tokens for name in selected}
+        selected = {} if self.first is None else self.first._selected(adapter_names, deep=False)
+        sizes = {name: self.first.prompts[name].num_virtual_tokens for name in selected}
         if adapter_names is None:
             return sum(sizes.values()), None
         return max(sizes.values(), default=0), _padding(adapter_names, sizes, hidden_states.device)
@@ -375,11 +384,11 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             # The block's bias fits the resolution that it is told; it would be stretched to the tokens that it sees.
             kwargs = {**kwargs, INSERTED: InsertedPrompts(start, num_tokens, absent)}
             return args, kwargs | ({"interpolate_pos_encoding": False} if "interpolate_pos_encoding" in kwargs else {})
-        mask = args[0] if args else kwargs.get("attention_mask")
+        mask = args[0] if args else kwargs.get(self.backbone.record.mask)
         if mask is None and absent is None:
             return args, kwargs
         mask = insert_into_mask(mask, start, num_tokens, absent, like=tokens)
-        return ((mask, *args[1:]), kwargs) if args else (args, {**kwargs, "attention_mask": mask})
+        return ((mask, *args[1:]), kwargs) if args else (args, {**kwargs, self.backbone.record.mask: mask})
 
 
 def _padding(adapter_names: Sequence[str], sizes: dict[str, int], device: torch.device) -> torch.Tensor | None:

@@ -31,13 +31,13 @@ class EmbeddingsHook:
     Args:
         backbone: The backbone's layout.
         blocks: The wrapped blocks.
-        stages: The backbone's stages, if it has any.
+        model: The model.
     """
 
-    def __init__(self, backbone: Backbone, blocks: list[PromptedBlock], stages: list[nn.Module]):
+    def __init__(self, backbone: Backbone, blocks: list[PromptedBlock], model: nn.Module):
         self.backbone = backbone
         self.blocks = blocks
-        self.stages = stages
+        self.model = model
 
     def is_beside(self) -> bool:
         """Whether a block leaves something for a later one."""
@@ -48,10 +48,13 @@ class EmbeddingsHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module.training:
             silence_frozen_modules(module)
-        for stage in self.stages:
-            # What flows from block to block beside the tokens is gone when a stage is computed anew. The blocks below
-            # are checkpointed one by one instead, where the family does that.
+        # What flows from block to block beside the tokens is gone when several blocks, or all of a wrapped one, are
+        # computed anew. The blocks of a stage are checkpointed one by one instead, where the family does that.
+        for stage in self.backbone.stages(self.model):
             stage.gradient_checkpointing = stage.gradient_checkpointing and not self.is_beside()
+        if self.backbone.record.checkpoints_outside:
+            for block in self.blocks:
+                block.carries = not self.backbone.below(self.model, "").grad_checkpointing
         kwargs = dict(kwargs)
         return args, self.check(args, kwargs, kwargs.pop("adapter_names", None))
 
@@ -162,7 +165,7 @@ class PromptTuner(BaseTuner):
         self.train(model.training)  # a model in training mode has its frozen dropout on until now
         self._remove_hooks(model)
         backbone, blocks = self._backbone, self.prompted_blocks()
-        hook = self.embeddings_hook_cls(backbone, blocks, backbone.stages(model))
+        hook = self.embeddings_hook_cls(backbone, blocks, model)
         backbone.embeddings(model).register_forward_pre_hook(hook, with_kwargs=True)
         if backbone.record.pooler is not None and blocks[-1].is_last:
             pooler = backbone.below(model, backbone.record.pooler)
