@@ -19,12 +19,12 @@ def _prompted_class(cls: type[nn.Module]) -> type[nn.Module]:
 class _PromptedForward:
     """The forward pass of timm's `Attention` over the tokens and the prompts that were handed over."""
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, is_causal: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None = None, **kwargs: bool) -> torch.Tensor:
         """`(B, T, D)` to `(B, T, D)`."""
         prompts = self.hfvpt_keys_values
         if prompts is None:
-            return super().forward(x, attn_mask, is_causal)
-        if is_causal:
+            return super().forward(x, attn_mask, **kwargs)
+        if kwargs.get("is_causal"):
             raise ValueError(
                 "Found causal attention in a timm model. Prompts have no place in an order of tokens. Use "
                 "`model.base_model.set_insertion('tokens')` to put them among the tokens."
