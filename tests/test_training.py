@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import BACKBONES, output_of
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
@@ -304,6 +305,15 @@ def test_linear_probe_trains_the_head_alone_and_without_dropout(backbone):
     pixels = torch.randn(2, 3, 16, 24)
     # The backbone drops half of everything in training mode, so equal outputs mean evaluation mode.
     assert torch.equal(model(pixel_values=pixels).logits, model(pixel_values=pixels).logits)
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in BACKBONES.items() if tiny.has_head])
+def test_linear_probe_finds_the_head_of_every_family(name, pixel_values):
+    model = prepare_for_training(BACKBONES[name].build(), "linear_probe")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("classifier" in name or ".head." in name for name in trained)
+    assert torch.equal(output_of(model.train(), pixel_values), output_of(model, pixel_values))
 
 
 def test_full_fine_tuning_trains_everything(backbone):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..backbones import BACKBONES, find_backbone
 from .arguments import ModelArguments
 
 
@@ -88,7 +89,7 @@ def prepare_for_training(
         # Trainer puts the whole model in training mode before each step. A frozen backbone's dropout and stochastic
         # depth would only blur the features, so the backbone goes back to evaluation mode before it runs.
         for child in model.children():
-            if not any(id(parameter) in head for parameter in child.parameters()):
+            if not all(id(parameter) in head for parameter in child.parameters()):
                 child.register_forward_pre_hook(_evaluation_mode)
     return model
 
@@ -100,7 +101,8 @@ def _evaluation_mode(module: nn.Module, args: tuple) -> None:
 def head_parameters(model: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
     """Return the parameters of a classifier's head.
 
-    In a `PeftModel` these are the trained copies of the modules to save; else everything outside the backbone.
+    In a `PeftModel` these are the trained copies of the modules to save; else what the backbone's record calls the
+    head, or, in a family without a record, everything outside the backbone.
 
     Raises:
         ValueError: The model has no backbone and head that could be told apart.
@@ -108,16 +110,18 @@ def head_parameters(model: PreTrainedModel | PeftModel) -> list[nn.Parameter]:
     if isinstance(model, PeftModel):
         wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         return [parameter for wrapper in wrappers for parameter in wrapper.parameters() if parameter.requires_grad]
-    if model.base_model is not model:
+    if model.config.model_type in BACKBONES:
+        heads = [model.get_submodule(name) for name in find_backbone(model).heads]
+        head = [parameter for module in heads for parameter in module.parameters()]
+    else:
         backbone = {id(parameter) for parameter in model.base_model.parameters()}
-        return [parameter for parameter in model.parameters() if id(parameter) not in backbone]
-    # Vision towers taken out of a two-tower model (CLIP, SigLIP) have no attribute of that name.
-    if isinstance(head := getattr(model, "classifier", None), nn.Module):
-        return list(head.parameters())
-    raise ValueError(
-        f"{type(model).__name__} has the parts {[name for name, _ in model.named_children()]}. A backbone and a head "
-        "called classifier are needed to train the head alone: use another model class or method 'full'."
-    )
+        head = [parameter for parameter in model.parameters() if id(parameter) not in backbone]
+    if not head:
+        raise ValueError(
+            f"{type(model).__name__} has the parts {[name for name, _ in model.named_children()]}. A backbone and a "
+            "head are needed to train the head alone: use a model class for image classification, or method 'full'."
+        )
+    return head
 
 
 def count_trained_parameters(model: nn.Module) -> dict[str, int]:
