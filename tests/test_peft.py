@@ -120,16 +120,16 @@ def test_loading_with_little_memory_equals_normal_loading(adapter, tmp_path, pix
 # Unloading and merging
 
 
+@torch.no_grad()  # PyTorch chooses another kernel where a position bias wants a gradient, and a frozen one wants none
 def test_unloading_gives_the_very_same_modules_and_logits_back(backbone, adapter, pixel_values):
     base = backbone.build()
     plain, before, hooks = output_of(base, pixel_values), dict(base.named_modules()), hooks_of(base)
     configs = {name: module.config for name, module in before.items() if hasattr(module, "config")}
-    model = get_peft_model(base, adapter.config())
-    model.add_adapter("second", adapter.config(5))
-    with torch.no_grad():  # a trained head must not stay behind
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1)
+    model = get_peft_model(base, adapter.config(backbone=backbone))
+    model.add_adapter("second", adapter.config(5, backbone))
+    for parameter in model.parameters():  # a trained head must not stay behind
+        if parameter.requires_grad:
+            parameter.add_(0.1)
     output_of(model.eval(), pixel_values)
     unloaded = model.unload()
     assert unloaded is base
@@ -494,8 +494,8 @@ def test_one_config_serves_several_models(adapter):
 
 def test_an_unknown_family_is_refused_with_the_known_ones(adapter):
     base = BACKBONES["vit"].build()
-    base.config.model_type = "swin"
-    with pytest.raises(ValueError, match=r"'swin'.*deit, dinov2, dinov2_with_registers, vit, vit_mae, vit_msn"):
+    base.config.model_type = "convnext"
+    with pytest.raises(ValueError, match=r"'convnext'.*deit, dinov2, dinov2_with_registers, .*swin, .*vit, vit_mae"):
         get_peft_model(base, adapter.config())
     assert not any(isinstance(module, PromptedBlock) for module in base.modules())
 

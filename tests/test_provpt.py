@@ -447,7 +447,8 @@ class FakePolicy:
         self.states: list[torch.Tensor] = []
         self.rewards: list[float] = []
 
-    def act(self, state: torch.Tensor) -> int:
+    def act(self, state: torch.Tensor, allowed: list[bool]) -> int:
+        assert all(allowed)
         self.states.append(state)
         return next(self.actions)
 
