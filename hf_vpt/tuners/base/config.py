@@ -99,7 +99,8 @@ class PromptConfig(PeftConfig):
         self.layers_to_transform = self._list_of("layers_to_transform", int)
         self.modules_to_save = self._list_of("modules_to_save", str)
         self.depths = self._list_of("depths", int)
-        if self.depths is not None and (min(self.depths, default=0) < 1 or self.num_layers not in (None, sum(self.depths))):
+        has_blocks = self.depths is None or min(self.depths, default=0) >= 1
+        if not has_blocks or (self.depths is not None and self.num_layers not in (None, sum(self.depths))):
             self.fail("depths", f"positive numbers that add up to num_layers, which is {self.num_layers}")
         if self.layers_to_transform is not None:
             if not self.layers_to_transform or len(set(self.layers_to_transform)) < len(self.layers_to_transform):
