@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)-lowest
 ARGS ?=
 CONFIG ?= configs/vapt/digits.yaml
 TABLE_CONFIGS ?= $(sort $(wildcard configs/*/digits*.yaml))
@@ -13,20 +14,26 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo table clean
+.PHONY: help setup test test-lowest lint format demo table clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 setup: $(VENV)/.installed  ## build .venv with the tested versions and install the package in it
 
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e ".[dev]"
+# Two environments, each from a constraints file of its own.
+$(VENV)/.installed: constraints.txt
+$(LOWEST)/.installed: constraints-lowest.txt
+$(VENV)/.installed $(LOWEST)/.installed: setup.cfg pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --quiet -c $(filter constraints%,$^) -e ".[dev]"
 	touch $@
 
 test: setup  ## run the tests on two workers
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-lowest: $(LOWEST)/.installed  ## run the tests with the lowest supported versions, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest -n 2 $(ARGS)
 
 lint: setup  ## check style without changing anything
 	$(BIN)/ruff check .
@@ -47,6 +54,6 @@ table: setup  ## train every demo configuration with every seed and print the RE
 	done; done
 	$(BIN)/python scripts/results_table.py outputs/table
 
-clean:  ## remove what training and tests leave behind; .venv stays
+clean:  ## remove what training and tests leave behind; .venv and .venv-lowest stay
 	rm -rf outputs trainer_output build dist .pytest_cache .ruff_cache *.egg-info
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(LOWEST)/*' -exec rm -rf {} +

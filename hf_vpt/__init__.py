@@ -6,6 +6,7 @@ Importing this package registers the methods with PEFT. Do it in every program t
     model = PeftModel.from_pretrained(vit, "user/adapter")
 """
 
+from . import versions  # noqa: F401, stands first: it refuses versions with which the rest would crash
 from .backbones import BACKBONES, BackboneRecord
 from .registration import register_method
 from .tuners import METHODS, TUNERS
