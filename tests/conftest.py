@@ -133,6 +133,8 @@ class TinyBackbone:
             # Some families start these at values that hide what they do.
             if any(part in name for part in ("relative_position_bias_table", "lambda_", "lambda1", "_token", "bias")):
                 torch.nn.init.normal_(parameter, std=0.3)
+            elif self.model_type == "timm_wrapper" and parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.3)  # it has no setting for that
         return model
 
 

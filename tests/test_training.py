@@ -418,3 +418,47 @@ def test_same_seed_gives_the_same_result(settings):
     for results in (first, second):
         del results["train_seconds"]
     assert first == second
+
+
+def with_pixels(value, index=0):
+    """Eight images, one of which holds a number that is not finite."""
+    data = tensors()
+    data[index]["pixel_values"] = torch.full_like(data[index]["pixel_values"], value)
+    return data
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_at_the_first_step_stops_and_points_to_the_images(value, lora_model, tmp_path):
+    trainer = make_trainer(lora_model, tmp_path, train=with_pixels(value), per_device_train_batch_size=8)
+    with pytest.raises(FloatingPointError, match=r"loss of nan at step 1\. .*images or the weights .*Look at a batch"):
+        trainer.train()
+
+
+def test_a_loss_that_explodes_stops_with_the_step_and_the_learning_rate(lora_model, tmp_path):
+    trainer = make_trainer(
+        lora_model,
+        tmp_path,
+        per_device_train_batch_size=8,
+        num_train_epochs=9,
+        learning_rate=1e30,
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+    )
+    with pytest.raises(FloatingPointError, match=r"at step [2-9]\. .*learning rate, 1e\+30 now, is too large\. Try a"):
+        trainer.train()
+
+
+def test_a_loss_that_stays_at_guessing_warns_once_with_what_to_try(settings):
+    with pytest.warns(
+        UserWarning, match=r"that of guessing, 1\.099, for 2 epochs.*learning rates than 1e-12"
+    ) as caught:
+        train_classifier(
+            settings("vpt", "--learning_rate", "1e-12", "--num_train_epochs", "5", "--plateau_patience", "2")
+        )
+    assert sum("that of guessing" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_run_that_learns_or_is_told_not_to_look_gets_no_warning(settings, recwarn):
+    train_classifier(settings("vpt", "--learning_rate", "1e-1", "--num_train_epochs", "3", "--plateau_patience", "2"))
+    train_classifier(settings("vpt", "--learning_rate", "1e-12", "--num_train_epochs", "3", "--plateau_patience", "0"))
+    assert not any("that of guessing" in str(warning.message) for warning in recwarn)

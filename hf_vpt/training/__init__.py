@@ -12,6 +12,7 @@ from .models import (
 )
 from .parsing import Settings, parse_arguments
 from .trainer import ClassificationLoss, ImageClassificationTrainer
+from .trouble import PlateauWarning
 
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ImageClassificationTrainer",
     "MeanClassAccuracy",
     "ModelArguments",
+    "PlateauWarning",
     "Settings",
     "TrainingArguments",
     "build_trainer",

@@ -90,6 +90,8 @@ class TrainingArguments(transformers.TrainingArguments):
             and its successors are meant. The global batch counts all processes and accumulated batches.
         head_learning_rate: Learning rate of the classification head. Default: that of everything else.
         head_weight_decay: Weight decay of the head's weights (biases have none). Default: that of everything else.
+        plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
+            0 for never.
 
     Raises:
         ValueError: A setting is out of range, or two settings contradict each other.
@@ -115,6 +117,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     head_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the head."})
+    plateau_patience: int = field(default=5, metadata={"help": "Epochs of guessing after which to warn."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,7 +137,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "remove_unused_columns is true. It must be false, because Trainer would drop the images before they "
                 "are transformed: leave it out."
             )
-        for name in ("head_learning_rate", "head_weight_decay"):
+        for name in ("head_learning_rate", "head_weight_decay", "plateau_patience"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
 

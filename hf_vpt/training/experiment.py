@@ -20,6 +20,7 @@ from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
 from .trainer import ImageClassificationTrainer
+from .trouble import PlateauWarning
 
 
 METRICS_FILE = "metrics.json"
@@ -130,7 +131,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
         data_collator=collate_images,
         processing_class=processor,
         compute_metrics=ComputeMetrics(),
-        callbacks=_callbacks(model_args.method),
+        callbacks=_callbacks(model_args.method, training_args, data["train"].features["label"].num_classes),
     )
     # After the trainer has moved the model to its device.
     if model_args.method == "bpt" and peft_config.basis != "bilinear":
@@ -144,13 +145,15 @@ def _whitening_batches(images: Dataset, training_args: TrainingArguments) -> Dat
     return DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 
-def _callbacks(method: str) -> list[TrainerCallback]:
-    """Return what a method needs done between epochs."""
+def _callbacks(method: str, training_args: TrainingArguments, num_classes: int) -> list[TrainerCallback]:
+    """Return what is to be done between epochs."""
+    patience = training_args.plateau_patience
+    callbacks = [PlateauWarning(num_classes, patience)] if patience else []
     if method == "provpt":
         from .relocation import RelocationCallback
 
-        return [RelocationCallback()]
-    return []
+        callbacks.append(RelocationCallback())
+    return callbacks
 
 
 def _checkpoint_to_resume(settings: Settings) -> str | None:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..hub import add_loading_lines
 from .models import head_parameters, save_label_names
+from .trouble import raise_if_not_finite
 
 
 class ClassificationLoss:
@@ -39,10 +40,10 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in six ways: the loss is `ClassificationLoss`; learning rates may scale
-    with the batch; the head may have a learning rate and weight decay of its own; of several equally good epochs the
-    last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`); and
-    checkpoints of whole models are restored completely.
+    It differs from `transformers.Trainer` in seven ways: a loss that is not finite stops training; the loss is
+    `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay of
+    its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names of
+    the classes (`id2label.json`); and checkpoints of whole models are restored completely.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -58,6 +59,13 @@ class ImageClassificationTrainer(transformers.Trainer):
     def get_optimizer_cls_and_kwargs(args, model=None):
         optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_class, {**kwargs, "lr": args.learning_rate * args.learning_rate_factor}
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, self.model.dtype)
+        raise_if_not_finite(loss, self.state.global_step, max(rates), dtype)
+        return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
