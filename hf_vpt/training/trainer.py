@@ -41,9 +41,9 @@ class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
     It differs from `transformers.Trainer` in seven ways: a loss that is not finite stops training; the loss is
-    `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay of
-    its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names of
-    the classes (`id2label.json`); and checkpoints of whole models are restored completely.
+    `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay
+    of its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
+    of the classes (`id2label.json`); and checkpoints of whole models are restored completely.
 
     Args:
         model: A model from `prepare_for_training`.

@@ -89,7 +89,7 @@ class PlateauWarning(TrainerCallback):
             warnings.warn(
                 f"Found a training loss at that of guessing, {self.guessing:.3f}, for {self.patience} epochs. Prompts "
                 f"that learn fall below it within a few. Try other learning rates than {args.learning_rate:g} (a "
-                "tenth, ten times: prompts are sensitive to it), a longer warm-up (warmup_epochs), another seed, or fewer "
-                "prompts (num_virtual_tokens).",
+                "tenth, ten times: prompts are sensitive to it), a longer warm-up (warmup_epochs), another seed, or "
+                "fewer prompts (num_virtual_tokens).",
                 stacklevel=2,
             )
