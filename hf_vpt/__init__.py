@@ -6,6 +6,7 @@ Importing this package registers the methods with PEFT. Do it in every program t
     model = PeftModel.from_pretrained(vit, "user/adapter")
 """
 
+from .attention.maps import SplitAttention, split_attentions
 from .backbones import BACKBONES, BackboneRecord
 from .registration import register_method
 from .tuners import METHODS, TUNERS
@@ -28,9 +29,11 @@ __all__ = [
     "BackboneRecord",
     "PROVPTConfig",
     "PROVPTModel",
+    "SplitAttention",
     "VAPTConfig",
     "VAPTModel",
     "VPTConfig",
     "VPTModel",
     "initialize_whitening",
+    "split_attentions",
 ]

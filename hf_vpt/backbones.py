@@ -41,8 +41,8 @@ class BackboneRecord:
         pads_image: Whether an image that does not divide into patches is enlarged, rather than cropped.
         shuffles_patches: Whether the embeddings reorder the patches at random and drop a part `config.mask_ratio`
             of them (ViT-MAE). Prompts that pool the patch grid need it whole and in order.
-        checkpoints_outside: Whether the root records and checkpoints blocks from outside (timm). Elsewhere Transformers
-            does so within a block.
+        checkpoints_outside: Whether the root records and checkpoints blocks from outside (timm). Elsewhere
+            Transformers does so within a block.
         windows: How prompts flow beside tokens that attention splits into windows; None for global attention.
         merging: Path, in a stage, of the module between it and the next one.
         pooler: Path of the module that averages the tokens; its input is `(B, D, T)`.
