@@ -126,6 +126,11 @@ def test_hidden_states_of_a_class_have_the_base_models_shapes(model_type, name):
     for key in ("vpt_deep", "vpt_shallow"):
         prompted = get_peft_model(build(model_type, name), adapter_for(model_type, key)).eval()
         assert [shapes(prompted, selected) for selected in selections] == expected
+        if [0, 2] in selections:
+            every = prompted(**inputs, output_hidden_states=True).hidden_states
+            some = prompted(**inputs, output_hidden_states=[0, 2]).hidden_states
+            for state, index in zip([state for state in some if state is not None], (0, 2), strict=True):
+                assert torch.equal(state, every[index])
 
 
 @torch.no_grad()
