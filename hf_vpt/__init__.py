@@ -7,6 +7,7 @@ Importing this package registers the methods with PEFT. Do it in every program t
 """
 
 from . import versions  # noqa: F401, stands first: it refuses versions with which the rest would crash
+from .attention.maps import SplitAttention, split_attentions
 from .backbones import BACKBONES, BackboneRecord
 from .registration import register_method
 from .tuners import METHODS, TUNERS
@@ -29,9 +30,11 @@ __all__ = [
     "BackboneRecord",
     "PROVPTConfig",
     "PROVPTModel",
+    "SplitAttention",
     "VAPTConfig",
     "VAPTModel",
     "VPTConfig",
     "VPTModel",
     "initialize_whitening",
+    "split_attentions",
 ]

@@ -45,7 +45,7 @@ class BackboneRecord:
             done within a block.
         windows: How prompts flow beside tokens that attention splits into windows; None for global attention.
         merging: Path, in a stage, of the module between it and the next one.
-        pooler: Path of the module that averages the tokens; its input is `(B, D, T)`.
+        pooler: Name of the module that averages the tokens; its input is `(B, D, T)`. Some classes have none.
         final_norm: Path of the norm before the pooler.
         refused: What does not work with this family, and why. Keys are names of methods, `"shallow"` and
             `"pool_prompts"`.
@@ -216,6 +216,11 @@ class Backbone:
     def below(self, model: nn.Module, path: str) -> nn.Module:
         """The module of `model` at `path` below the backbone's root."""
         return model.get_submodule(_join(self.root, path))
+
+    def pooler(self, model: nn.Module) -> nn.Module | None:
+        """The module of `model` that averages the tokens; None where the family or the model's class has none."""
+        path = self.record.pooler
+        return None if path is None else getattr(self.below(model, ""), path, None)
 
     def stages(self, model: nn.Module) -> list[nn.Module]:
         """The stages of `model`; none where the record knows of no windows."""

@@ -27,6 +27,7 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .access import LinearProjections
+from .block_masks import for_flex_attention
 from .keys_values import PromptKeysValues, insert_into_mask
 
 
@@ -75,6 +76,12 @@ def prompted_attention(
         )
     if prompts is not None:
         key, value, attention_mask = prompts.append_to(key, value, attention_mask)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        if config._attn_implementation == "flex_attention":
+            attention_mask = for_flex_attention(attention_mask, query, key)
+        elif "flash" in config._attn_implementation:
+            # Flash attention takes no mask that tells tokens from prompts.
+            attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if attention not in (module.config.eager_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]):
         # Flash attention asks the module's config for the name of its kernel.
         module = _Unprompted(module)

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from .block_masks import dense_mask, insert_into_block_mask
 
 
 class PromptKeysValues:
@@ -86,12 +89,13 @@ def mean_over_windows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
 
 
 def extend_mask(
-    mask: torch.Tensor | None, key: torch.Tensor, num_prompts: int, bias: torch.Tensor | None = None
-) -> torch.Tensor | None:
+    mask: torch.Tensor | BlockMask | None, key: torch.Tensor, num_prompts: int, bias: torch.Tensor | None = None
+) -> torch.Tensor | BlockMask | None:
     """Adds columns for prompts to an attention mask.
 
     Args:
-        mask: `(1|B, 1|heads, 1|T, T)`, boolean (true: attend) or added to the logits; None where all may attend.
+        mask: `(1|B, 1|heads, 1|T, T)` or, as flash attention takes it, `(B, T)`, boolean (true: attend) or added to
+            the logits; or flex attention's; None where all may attend.
         key: The tokens' keys `(B, heads, T, head_dim)`.
         num_prompts: Number N of columns.
         bias: What the new columns hold, `(1|B, 1, 1, N)`; None for "attend".
@@ -99,11 +103,9 @@ def extend_mask(
     Returns:
         `(…, T + N)`, or None where there is nothing to mask.
     """
-    if mask is not None and not isinstance(mask, torch.Tensor):
-        raise ValueError(
-            f"Found an attention mask of type {type(mask).__name__}. Prompts need a mask that is a tensor. Use "
-            "`model.set_attn_implementation('sdpa')` or 'eager', or call the model without an attention mask."
-        )
+    if isinstance(mask, BlockMask) and bias is None:
+        return insert_into_block_mask(mask, key.shape[2], num_prompts, rows=False)
+    mask = _with_four_axes(mask)
     if bias is None:
         return None if mask is None else nn.functional.pad(mask, (0, num_prompts), value=mask.dtype == torch.bool)
     bias = bias.to(key.dtype)
@@ -116,12 +118,16 @@ def extend_mask(
 
 
 def insert_into_mask(
-    mask: torch.Tensor | None, start: int, num_tokens: int, absent: torch.Tensor | None, like: torch.Tensor
-) -> torch.Tensor | None:
+    mask: torch.Tensor | BlockMask | None,
+    start: int,
+    num_tokens: int,
+    absent: torch.Tensor | None,
+    like: torch.Tensor,
+) -> torch.Tensor | BlockMask | None:
     """Adds rows and columns for prompts that stand among the tokens.
 
     Args:
-        mask: `(1|B, 1|heads, 1|T, T)`, boolean (true: attend) or added to the logits; None where all may attend.
+        mask: As in `extend_mask`.
         start: Tokens before the prompts.
         num_tokens: Number n of prompts.
         absent: Prompts that an image does not have, `(B, n)`; None where all are there.
@@ -132,6 +138,9 @@ def insert_into_mask(
     """
     if mask is None and absent is None:
         return None
+    if isinstance(mask, BlockMask) and absent is None:
+        return insert_into_block_mask(mask, start, num_tokens, rows=True)
+    mask = _with_four_axes(mask)
     if mask is None:
         mask = like.new_zeros(1, 1, 1, like.shape[1] - num_tokens)
     attend = mask.dtype == torch.bool
@@ -147,3 +156,10 @@ def insert_into_mask(
         mask = mask.expand(len(absent), -1, -1, -1)
         columns = columns[:, None, None].expand(*mask.shape[:3], -1)
     return torch.cat([mask[..., :start], columns, mask[..., start:]], dim=3)
+
+
+def _with_four_axes(mask: torch.Tensor | BlockMask | None) -> torch.Tensor | None:
+    """A mask over pairs of positions as a tensor `(1|B, 1|heads, 1|T, T)`."""
+    if isinstance(mask, BlockMask):
+        return dense_mask(mask)
+    return mask[:, None, None] if mask is not None and mask.ndim == 2 else mask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -301,6 +302,22 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if adapter_names is None:
             return sum(sizes.values()), None
         return max(sizes.values(), default=0), _padding(adapter_names, sizes, hidden_states.device)
+
+    def num_prompts(self, adapter_names: Sequence[str] | None = None) -> tuple[int, int]:
+        """Numbers of shallow and of deep prompts among the columns of this block's attention.
+
+        Args:
+            adapter_names: Adapter of each image; None for the active ones on all images.
+        """
+        if self.disable_adapters:
+            return 0, 0
+        shallow = [] if self.first is None else self.first._selected(adapter_names, deep=False)
+        deep = self._selected(adapter_names, deep=True)
+        join = sum if adapter_names is None else partial(max, default=0)
+        return (
+            join(self.first.prompts[name].num_virtual_tokens for name in shallow),
+            join(self.prompts[name].count for name in deep),
+        )
 
     def _make(
         self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None, deep: bool

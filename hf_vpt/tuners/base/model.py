@@ -167,8 +167,8 @@ class PromptTuner(BaseTuner):
         backbone, blocks = self._backbone, self.prompted_blocks()
         hook = self.embeddings_hook_cls(backbone, blocks, model)
         backbone.embeddings(model).register_forward_pre_hook(hook, with_kwargs=True)
-        if backbone.record.pooler is not None and blocks[-1].is_last:
-            pooler = backbone.below(model, backbone.record.pooler)
+        pooler = backbone.pooler(model)
+        if pooler is not None and blocks[-1].is_last:
             norm = backbone.below(model, backbone.record.final_norm)
             pooler.register_forward_pre_hook(PoolerHook(blocks[-1], norm))
 
@@ -230,8 +230,7 @@ class PromptTuner(BaseTuner):
                 "another method or another backbone; the README has a table of what goes with what."
             )
         if config.pool_prompts:
-            pooler = None if record.pooler is None else backbone.below(self.model, record.pooler)
-            if pooler is None:
+            if backbone.pooler(self.model) is None:
                 config.fail("pool_prompts", f"False: this {record.title} does not average its tokens")
             if config.deep and backbone.num_layers - 1 not in config.resolved_layers(backbone.num_layers):
                 config.fail("pool_prompts", "False unless the last block has prompts")
@@ -396,7 +395,9 @@ class PromptTuner(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. The model has "
                 f"{', '.join(sorted(self.peft_config))}; {BASE_ADAPTER!r} stands for no adapter."
             )
-        images = args[0] if args else kwargs.get("pixel_values")
+        # A model with a text tower takes text first.
+        images_first = getattr(self.model, "main_input_name", "pixel_values") == "pixel_values"
+        images = args[0] if args and images_first else kwargs.get("pixel_values")
         if images is not None and len(images) != len(adapter_names):
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "

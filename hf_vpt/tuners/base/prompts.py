@@ -48,6 +48,11 @@ class Prompts(nn.Module):
         # Whether their outputs go into the image's feature; set by the tuner, from the config.
         self.pooled = False
 
+    @property
+    def count(self) -> int:
+        """Number of prompts that the block gets."""
+        return self.num_virtual_tokens
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Prompts for the block's input.
 

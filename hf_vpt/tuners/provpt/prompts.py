@@ -44,6 +44,10 @@ class PROVPTPrompts(StaticPrompts):
         """The rows that serve this block: position of their owner in the pool and row, in the order of `table`."""
         return [(owner, row) for owner, start, stop in self._find_slices() for row in range(start, stop)]
 
+    @property
+    def count(self) -> int:
+        return len(self.rows())
+
     def table(self) -> torch.Tensor:
         slices = self._find_slices()
         if slices == [(self.pool.index(self), 0, len(self.serves))]:
