@@ -79,7 +79,7 @@ def prompted_attention(
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         if config._attn_implementation == "flex_attention":
             attention_mask = for_flex_attention(attention_mask, query, key)
-        elif "flash" in config._attn_implementation:
+        elif "flash" in (config._attn_implementation or ""):
             # Flash attention takes no mask that tells tokens from prompts.
             attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if attention not in (module.config.eager_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]):
