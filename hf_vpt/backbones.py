@@ -271,12 +271,14 @@ def find_backbone(model: nn.Module) -> Backbone:
     projection = modules[root + record.patch_projection]
     vision_config = getattr(config, "vision_config", config)
     patch_size = _patch_size(projection, vision_config)
-    first_block = getattr(modules[blocks[0][0]], "base_layer", modules[blocks[0][0]])
+    bare_blocks = [getattr(modules[match[0]], "base_layer", modules[match[0]]) for match in blocks]
+    for block in bare_blocks:
+        record.access.check(block)
     return Backbone(
         record=record,
         root=root.rstrip("."),
         block_names=tuple(match[0] for match in blocks),
-        hidden_size=record.access.width(first_block.get_submodule(record.attention)),
+        hidden_size=record.access.width(bare_blocks[0].get_submodule(record.attention)),
         depths=tuple(stages.count(stage) for stage in dict.fromkeys(stages)),
         num_prefix_tokens=sum(_num_tokens(model, root + path) for path in record.prefix_tokens),
         patch_size=patch_size,
@@ -290,6 +292,11 @@ def find_backbone(model: nn.Module) -> Backbone:
 def _patch_size(projection: nn.Module, config: Any) -> tuple[int, int]:
     if isinstance(projection, nn.Conv2d):
         return tuple(projection.kernel_size)
+    if getattr(config, "patch_size", None) is None:
+        raise ValueError(
+            f"Found a {type(projection).__name__} where patches become tokens, and no patch size in the config. "
+            "Prompts need patches of one size, made by a Conv2d. Use a model without a convolutional stem."
+        )
     return _pair(config.patch_size)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import ADAPTERS, BACKBONES, GRID, output_of
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -336,3 +336,74 @@ def test_the_grids_of_the_adapters_that_a_batch_names_are_checked(pixel_values):
         model(pixel_values=images, adapter_names=["default", "wide"])
     model.set_adapter("wide")
     assert model(pixel_values=images, adapter_names=["default", "__base__"]).logits.isfinite().all()
+
+
+# Other grids
+
+
+def area_means(patches: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
+    """Means `(B, h·w, D)` over areas of a grid: row i of the target covers rows ⌊i·H/h⌋ to ⌈(i + 1)·H/h⌉ - 1."""
+    maps, made = patches.unflatten(1, grid), []
+    for i in range(target[0]):
+        for j in range(target[1]):
+            rows = slice(i * grid[0] // target[0], -(-(i + 1) * grid[0] // target[0]))
+            columns = slice(j * grid[1] // target[1], -(-(j + 1) * grid[1] // target[1]))
+            made.append(maps[:, rows, columns].mean(dim=(1, 2)))
+    return torch.stack(made, dim=1)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_other_grids_are_taken_to_the_adapters_by_means_over_areas(name):
+    backbone = BACKBONES[name]
+    settings = {"num_virtual_tokens": 3, "grid": list(backbone.grids[0]), "init_weights": False}
+    torch.manual_seed(2)
+    model = get_peft_model(backbone.build(**backbone.square), VAPTConfig(interpolate_grid=True, **settings)).eval()
+    rows, columns = (5, 4) if name == "vit" else (13, 9)
+    patch_size = model.base_model._backbone.patch_size[0]
+    seen = {}
+    for index, prompts in model.base_model.prompts().items():
+        prompts.register_forward_hook(lambda module, args, made, index=index: seen.update({index: (*args, made)}))
+    pixel_values = torch.randn(2, 3, rows * patch_size, columns * patch_size)
+    assert output_of(model, pixel_values, **backbone.interpolates).isfinite().all()
+    for index, prompts in list(model.base_model.prompts().items())[1:]:
+        grid, (hidden, made) = (rows, columns), seen[index]
+        if backbone.grids[index] != backbone.grids[0]:
+            grid = (-(-rows // 2), -(-columns // 2))
+        patches = prompts.norm(hidden[:, -grid[0] * grid[1] :])
+        projector = (prompts._owner[0] if prompts._owner else prompts).projector
+        expected = projector(prompts.pooling(area_means(patches, grid, backbone.grids[index])))
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5, msg=f"block {index}")
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_the_adapters_own_grid_is_not_touched_by_interpolation(name, pixel_values):
+    found = []
+    for interpolate in (True, False):
+        settings = {"grid": list(BACKBONES[name].grids[0]), "interpolate_grid": interpolate}
+        model = prompted(BACKBONES[name].build(), **settings)
+        if interpolate and name == "swin":  # another grid before leaves nothing behind
+            output_of(model, torch.randn(1, 3, 64, 80))
+        found.append(output_of(model, pixel_values))
+    assert torch.equal(*found)
+
+
+def test_interpolate_is_short_for_the_models_grid_and_survives_json_and_files(tmp_path):
+    config = VAPTConfig(grid="interpolate")
+    assert (config.grid, config.interpolate_grid) == (None, True)
+    backbone = BACKBONES["swin"]
+    model = prompted(backbone.build(), grid="interpolate")
+    assert model.peft_config["default"].grid == [8, 12]
+    pixel_values = torch.randn(2, 3, 36, 52)
+    expected = output_of(model, pixel_values)
+    model.save_pretrained(tmp_path)
+    saved = VAPTConfig.from_pretrained(tmp_path)
+    assert (saved.grid, saved.interpolate_grid) == ([8, 12], True)
+    torch.manual_seed(1)
+    loaded = PeftModel.from_pretrained(backbone.build(), tmp_path).eval()
+    torch.testing.assert_close(output_of(loaded, pixel_values), expected, rtol=0, atol=1e-5)
+
+
+def test_without_interpolation_another_grid_is_an_error_that_names_both_and_the_way_out():
+    model = prompted(BACKBONES["swin"].build(), grid=[8, 12])
+    with pytest.raises(ValueError, match=r"9 × 13 patches.* made for 8 × 12.*grid='interpolate'"):
+        output_of(model, torch.randn(1, 3, 33, 50))

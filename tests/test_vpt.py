@@ -2,53 +2,22 @@
 
 import pytest
 import torch
+from by_hand import concatenate_run_strip, prompted, root_of, tables_of
 from conftest import BACKBONES, PATCH_SIZE, output_of
 from peft import get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_vpt import BACKBONES as RECORDS
 from hf_vpt import VPTConfig
 
 
 VIT = BACKBONES["vit"]
 
 
-def prompted(model: nn.Module, **settings) -> nn.Module:
-    """The model with random prompts of order one tenth."""
-    torch.manual_seed(2)
-    return get_peft_model(model, VPTConfig(**({"num_virtual_tokens": 3, "init_weights": False} | settings))).eval()
-
-
-def tables_of(model: nn.Module) -> dict[int, torch.Tensor]:
-    """The prompts of each block, with the projection written out."""
-    prompts = model.base_model.prompts()
-    projection = next(iter(prompts.values())).projection
-    if projection is None:
-        return {index: p.prompt_embeddings for index, p in prompts.items()}
-    return {index: p.prompt_embeddings @ projection.weight.T + projection.bias for index, p in prompts.items()}
-
-
-def root_of(model: nn.Module) -> nn.Module:
-    """The part of a bare classifier that holds the embeddings, the blocks and the final norm."""
-    return getattr(model, model.base_model_prefix)
-
-
-def concatenate_run_strip(backbone, model, tables, pixel_values, deep: bool = True) -> torch.Tensor:
-    """Last hidden state of a bare model whose block i runs on [prefix, P_i, patches]: VPT, eq. 4 to 7."""
-    record = RECORDS[backbone.model_type]
-    root, prefix = root_of(model), backbone.num_prefix_tokens
-    hidden = root.get_submodule(record.embeddings)(pixel_values)
-    blocks = root.get_submodule(record.blocks.removesuffix(".*"))
-    for index, block in enumerate(blocks):
-        if index in tables:
-            prompts = tables[index].expand(len(hidden), -1, -1)
-            hidden = torch.cat([hidden[:, :prefix], prompts, hidden[:, prefix:]], dim=1)
-        hidden = block(hidden)
-        if (deep and index in tables) or (not deep and index == len(blocks) - 1):
-            num_prompts = tables[index if deep else 0].shape[0]
-            hidden = torch.cat([hidden[:, :prefix], hidden[:, prefix + num_prompts :]], dim=1)
-    return root.layernorm(hidden)
+def last_hidden_state(bare: nn.Module, tables, pixel_values: torch.Tensor, deep: bool = True) -> torch.Tensor:
+    """Last hidden state of a bare classifier that runs on concatenated prompts."""
+    root = root_of(bare)
+    return root.layernorm(concatenate_run_strip(bare, root.embeddings(pixel_values), tables, deep))
 
 
 CLASSIFIERS = ["vit", "deit", "vit_msn", "dinov2", "dinov2_with_registers"]
@@ -62,7 +31,7 @@ def test_prompts_act_as_tokens_concatenated_by_hand(name, settings, pixel_values
     backbone = BACKBONES[name]
     model = prompted(backbone.build(), **settings)
     bare = backbone.build()
-    expected = concatenate_run_strip(backbone, bare, tables_of(model), pixel_values, settings.get("deep", True))
+    expected = last_hidden_state(bare, tables_of(model), pixel_values, settings.get("deep", True))
     found = root_of(model.base_model.model)(pixel_values).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     without = root_of(bare)(pixel_values).last_hidden_state
@@ -74,7 +43,7 @@ def test_gradients_of_prompts_equal_those_of_tokens_concatenated_by_hand(deep, p
     model, bare = prompted(VIT.build(), deep=deep), VIT.build()
     tables = {index: table.detach().clone().requires_grad_() for index, table in tables_of(model).items()}
     output_of(model, pixel_values).square().sum().backward()
-    hidden = concatenate_run_strip(VIT, bare, tables, pixel_values, deep)
+    hidden = last_hidden_state(bare, tables, pixel_values, deep)
     bare.classifier(hidden[:, 0]).square().sum().backward()
     for index, prompts in model.base_model.prompts().items():
         torch.testing.assert_close(prompts.prompt_embeddings.grad, tables[index].grad, rtol=1e-4, atol=1e-5)
@@ -101,7 +70,7 @@ def test_only_the_chosen_blocks_get_prompts(layers, expected, pixel_values):
     model = prompted(VIT.build(), layers_to_transform=layers)
     tables = tables_of(model)
     assert list(tables) == expected
-    hidden = concatenate_run_strip(VIT, VIT.build(), tables, pixel_values)
+    hidden = last_hidden_state(VIT.build(), tables, pixel_values)
     found = model.base_model.model.vit(pixel_values).last_hidden_state
     torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
     assert model.peft_config["default"].layers_to_transform == expected, "the config does not say what was done"
@@ -130,7 +99,7 @@ def test_the_projection_learns_from_all_blocks(pixel_values):
     tables = {index: p.prompt_embeddings.detach() for index, p in model.base_model.prompts().items()}
     bare, total = VIT.build(), torch.zeros_like(projection.weight)
     made = {i: (t @ projection.weight.T + projection.bias).detach().requires_grad_() for i, t in tables.items()}
-    hidden = concatenate_run_strip(VIT, bare, made, pixel_values)
+    hidden = last_hidden_state(bare, made, pixel_values)
     bare.classifier(hidden[:, 0]).square().sum().backward()
     for index, table in tables.items():
         assert made[index].grad.abs().max() > 0, f"block {index} does not count"

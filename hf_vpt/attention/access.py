@@ -17,6 +17,9 @@ class AttentionAccess:
     result over; the attention function of this access finds it. A kind of attention module is one subclass.
     """
 
+    def check(self, block: nn.Module) -> None:
+        """Raises `ValueError` if a block of the family is not one that prompts can get into; changes nothing."""
+
     def open(self, attention: nn.Module) -> None:
         """Lets the keys and values of prompts in; `close` undoes it."""
         raise NotImplementedError

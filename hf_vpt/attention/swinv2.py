@@ -60,6 +60,15 @@ class _Swinv2Attention(LinearProjections, StateOnModule):
     def __init__(self):
         super().__init__("query", "key", "value", "attention_head_size")
 
+    def check(self, block: nn.Module) -> None:
+        cls = type(block.attention.self)
+        if cls not in (Swinv2SelfAttention, PromptedSwinv2SelfAttention):
+            raise ValueError(
+                f"Found {cls.__module__}.{cls.__name__} in a block of a Swin-v2. Prompts need the attention of "
+                "Transformers, transformers.models.swinv2.modeling_swinv2.Swinv2SelfAttention, which they take the "
+                "place of. Use the model as Transformers makes it."
+            )
+
     def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
         return PromptedSwinv2SelfAttention
 

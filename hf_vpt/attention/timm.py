@@ -40,7 +40,7 @@ class _PromptedForward:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # Classes made at run time cannot be found by name, which pickle and copy would do.
-        return _rebuild, (self._unprompted,), self.__getstate__()
+        return _rebuild, (self._unprompted,), self.__dict__
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -51,16 +51,24 @@ def _rebuild(cls: type[nn.Module]) -> nn.Module:
 class _TimmAttention(StateOnModule):
     """timm's `Attention`: one linear layer for queries, keys and values together, perhaps normalised by head."""
 
-    def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
+    def check(self, block: nn.Module) -> None:
         from timm.layers import Attention
+        from timm.models.vision_transformer import Block
 
-        if type(attention) is not Attention:
-            raise ValueError(
-                f"Found {type(attention).__module__}.{type(attention).__name__} in a block of a timm model. Prompts "
-                "need timm.layers.Attention, that of its plain vision transformers without rotary or relative "
-                "positions. Use such a model, or a family with a record of its own."
-            )
-        return _prompted_class(Attention)
+        # By their exact classes: a block may have parts of the same names in another order, with its norms behind.
+        attention = getattr(block, "attn", None)
+        for part, expected in ((block, Block), (attention, Attention)):
+            cls = getattr(type(part), "_unprompted", type(part))
+            if cls is not expected:
+                raise ValueError(
+                    f"Found {cls.__module__}.{cls.__name__} in a timm model. Prompts need its plain vision "
+                    f"transformers, made of {expected.__module__}.{expected.__name__}, without rotary or relative "
+                    "positions and with norms before attention and MLP. Use such a model, or a family with a record "
+                    "of its own."
+                )
+
+    def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
+        return _prompted_class(type(attention))
 
     def close(self, attention: nn.Module) -> None:
         if self.is_open(attention):

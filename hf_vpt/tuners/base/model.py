@@ -43,15 +43,32 @@ class EmbeddingsHook:
         """Whether a block leaves something for a later one."""
         return any(p.pooled or not p.deep for block in self.blocks for p in block.prompts.values())
 
+    def checkpoint_stages(self, allowed: bool) -> None:
+        """Lets stages be checkpointed whole, where checkpointing is on, or not.
+
+        What flows from block to block beside the tokens is gone when several blocks, or all of a wrapped one, are
+        computed anew. The blocks of a stage are checkpointed one by one instead, where the family does that.
+        """
+        stages = self.backbone.stages(self.model)
+        if not stages:
+            return
+        # Others than the stages know whether it is on: the blocks in them, or the encoder around them.
+        others = [module for module in self.model.modules() if not any(module is stage for stage in stages)]
+        is_on = any(getattr(module, "gradient_checkpointing", False) for module in others)
+        for stage in stages:
+            stage.gradient_checkpointing = is_on and allowed
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if module.training:
-            silence_frozen_modules(module)
-        # What flows from block to block beside the tokens is gone when several blocks, or all of a wrapped one, are
-        # computed anew. The blocks of a stage are checkpointed one by one instead, where the family does that.
-        for stage in self.backbone.stages(self.model):
-            stage.gradient_checkpointing = stage.gradient_checkpointing and not self.is_beside()
+            # Not the embeddings alone: DINOv3 draws positions at random beside them.
+            silence_frozen_modules(self.model)
+        self.checkpoint_stages(not self.is_beside())
+        if self.backbone.record.windows is not None and getattr(self.model, "_require_grads_hooks", None):
+            # PEFT lets the embeddings' output require gradients, for reentrant checkpointing. Prompts need the other
+            # kind, and the output of these embeddings is a tuple, on which that hook fails.
+            self.model.disable_input_require_grads()
         if self.backbone.record.checkpoints_outside:
             for block in self.blocks:
                 block.carries = not self.backbone.below(self.model, "").grad_checkpointing
@@ -177,6 +194,8 @@ class PromptTuner(BaseTuner):
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, (EmbeddingsHook, PoolerHook)):
+                    if isinstance(hook, EmbeddingsHook):
+                        hook.checkpoint_stages(True)
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -214,6 +233,7 @@ class PromptTuner(BaseTuner):
         self.check_backbone(peft_config, backbone)
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = list(backbone.heads)
+            self._check_heads(backbone.heads, model)
         self._check_modules_to_save(peft_config, model)
         peft_config.target_modules = pattern
         self._backbone = backbone
@@ -234,6 +254,18 @@ class PromptTuner(BaseTuner):
                 config.fail("pool_prompts", f"False: this {record.title} does not average its tokens")
             if config.deep and backbone.num_layers - 1 not in config.resolved_layers(backbone.num_layers):
                 config.fail("pool_prompts", "False unless the last block has prompts")
+
+    @staticmethod
+    def _check_heads(heads: tuple[str, ...], model: nn.Module) -> None:
+        """Raises if PEFT, which looks at how names end, would take parts of the backbone for a head that was found."""
+        for head in heads:
+            others = [name for name, _ in model.named_modules() if name.endswith(head) and name != head]
+            if others:
+                raise ValueError(
+                    f"Found a head called {head!r} and modules of the backbone whose names end like that: "
+                    f"{', '.join(others[:3])}. PEFT would train these as well, and the backbone must stay as it is. "
+                    "Give the head another name, such as 'classifier', or pass modules_to_save=[] to leave it frozen."
+                )
 
     @staticmethod
     def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:

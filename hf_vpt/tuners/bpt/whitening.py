@@ -91,7 +91,8 @@ def initialize_whitening(
 
     Args:
         model: A model with a BPT adapter whose `basis` is `"fwhiten"` or `"twhiten"`.
-        batches: Batches of `pixel_values` `(B, C, H, W)` or mappings that hold them, such as a dataloader.
+        batches: Batches of `pixel_values` `(B, C, H, W)`, or mappings that hold them beside whatever else the model
+            takes, such as a dataloader.
         num_images: Images to use, 100 in the paper; fewer if the batches end before.
         adapter_name: The adapter; the active one if None.
         estimate: See `WhiteningStatistics`.
@@ -123,9 +124,14 @@ def initialize_whitening(
         for block in enabled:
             block._disable_adapters = True  # leaves `requires_grad` alone, which `enable_adapters` does not
         for batch in batches:
-            pixel_values = batch["pixel_values"] if isinstance(batch, Mapping) else batch
-            tuner.model(pixel_values=pixel_values[:num_images].to(device))
-            num_images -= len(pixel_values)
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"pixel_values": batch}
+            inputs.pop("labels", None)
+            batch_size = len(inputs["pixel_values"])
+            for name, value in inputs.items():
+                # Tensors have an entry for each image; other arguments (`interpolate_pos_encoding`) are the batch's.
+                inputs[name] = value[:num_images].to(device) if isinstance(value, torch.Tensor) else value
+            tuner.model(**inputs)
+            num_images -= batch_size
             if num_images <= 0:
                 break
     finally:

@@ -128,13 +128,16 @@ class ScoreRecorder:
             retain_graph: Whether a backward pass will follow.
         """
         if self.kind != "norm":
-            # A copy: stages that are checkpointed run again, and show their prompts again, while gradients are made.
+            # What is checkpointed runs again, and shows its prompts again, in every backward pass: in this one, hence
+            # the copy, and in one of the loop's own before, whose prompts have no part in this loss.
             watched = list(self._watched)
             tensors = [tensor for _, tensor, _ in watched]
             # A module to save beside the head may have no part in the loss.
             gradients = torch.autograd.grad(loss, tensors + self.head, retain_graph=retain_graph, allow_unused=True)
             scores = torch.zeros_like(self.total)
             for (block, _, prompts), gradient in zip(watched, gradients, strict=False):
+                if gradient is None:
+                    continue
                 ids = torch.tensor([o * self.num_rows + r for o, r in self.prompts[block.index].rows()])
                 scores[ids] += self._block_scores(block, prompts, gradient)
             if self.clip is not None:
