@@ -33,11 +33,12 @@ def main() -> None:
         if not runs:
             continue
         accuracies = [100 * run["test_accuracy"] for run in runs]
-        spread = statistics.stdev(accuracies) if len(runs) > 1 else float("nan")
+        # One run has no spread.
+        spread = f" ± {statistics.stdev(accuracies):.1f}" if len(runs) > 1 else ""
         # "Outside the head" is the backbone in full fine-tuning, and no prompts.
         prompts = "—" if runs[0]["method"] == "full" else f"{runs[0]['trained_parameters_without_head']:,}"
         print(
-            f"| {title} | {statistics.mean(accuracies):.1f} ± {spread:.1f} | {runs[0]['trained_parameters']:,} "
+            f"| {title} | {statistics.mean(accuracies):.1f}{spread} | {runs[0]['trained_parameters']:,} "
             f"| {prompts} | {statistics.median(run['train_seconds'] for run in runs):.0f} | {len(runs)} |"
         )
 
