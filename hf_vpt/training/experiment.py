@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,12 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
 
     Returns:
         What `metrics.json` holds: scores on both splits, the epoch they belong to, numbers of trained parameters,
-        seconds of training, seed, settings and versions.
+        seconds of training (on the clock, and of this process on the CPU), seed, settings and versions.
     """
     trainer, data = build_trainer(settings)
+    start = time.process_time()
     outcome = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(settings))
+    cpu_seconds = time.process_time() - start
     validation = trainer.evaluate(metric_key_prefix="validation")
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
@@ -56,6 +59,7 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
         "best_epoch": _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end),
         **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
         "train_seconds": outcome.metrics["train_runtime"],
+        "train_cpu_seconds": cpu_seconds,
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
         "dataset_name": settings.data.dataset_name,
