@@ -7,6 +7,8 @@ A test compares the README with what this prints.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from hf_vpt import BACKBONES, METHODS, BackboneRecord
@@ -48,7 +50,20 @@ def support_table() -> str:
             reasons.setdefault((title, reason), []).append(record.title)
     table = "\n".join(f"| {line} |" for line in lines)
     notes = [f"- {title} with {' and '.join(families)}: {reason}." for (title, reason), families in reasons.items()]
+    records = BACKBONES.values()
+    notes += [
+        f"- `pool_prompts` with all but {_titles(r for r in records if r.pooler)}: other families have no module that "
+        "averages tokens, of which prompt outputs could be some.",
+        f'- `set_insertion("tokens")` with {_titles(r for r in records if r.windows)}: tokens lie on a grid that '
+        "attention splits into windows, and prompts have no place on it.",
+        f"- VAPT with a {_titles(r for r in records if r.shuffles_patches)} that hides patches: it pools the whole grid. "
+        "Set `config.mask_ratio = 0.0`.",
+    ]
     return "\n".join([table, "", "Refused:", "", *notes])
+
+
+def _titles(records: Iterable[BackboneRecord]) -> str:
+    return " and ".join(record.title for record in records)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import ADAPTERS, BACKBONES, GRID, inputs_of, output_of
@@ -234,6 +236,60 @@ def test_gradient_checkpointing_gives_the_same_gradients(backbone, adapter, pixe
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
+def test_reentrant_checkpointing_is_an_error_or_keeps_all_gradients(backbone, adapter, pixel_values):
+    if backbone.model_type == "timm_wrapper":
+        pytest.skip("timm takes no such keyword; test_timm_with_reentrant_checkpointing_is_refused")
+    for checkpoints_first in (False, True):
+        base = backbone.build()
+        if checkpoints_first:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model = get_peft_model(base, adapter.config(backbone=backbone)).train()
+        if not checkpoints_first:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(ValueError, match="reentrant gradient checkpointing.*'use_reentrant': False"):
+            output_of(model, pixel_values)
+        with model.disable_adapter(), torch.no_grad():
+            assert output_of(model, pixel_values).isfinite().all()
+
+
+def test_timm_with_reentrant_checkpointing_is_refused(pixel_values, monkeypatch):
+    model = wrap(BACKBONES["timm"], ADAPTERS["vpt_deep"]).train()
+    model.gradient_checkpointing_enable()
+    monkeypatch.setattr("timm.layers.config._REENTRANT_CKPT", True, raising=False)
+    monkeypatch.setattr("timm.layers.use_reentrant_ckpt", lambda: True)
+    with pytest.raises(ValueError, match="reentrant gradient checkpointing.*set_reentrant_ckpt"):
+        output_of(model, pixel_values)
+
+
+def test_a_fresh_adapter_starts_with_finite_outputs_and_gradients(backbone, adapter, pixel_values):
+    basis = {"basis": "bilinear"} if adapter.method == "bpt" else {}  # a whitened one has to be estimated first
+    model = wrap(backbone, adapter, init_weights=True, **basis).train()
+    loss = loss_of(model, pixel_values)
+    loss.backward()
+    assert loss.isfinite()
+    # Prompts of VAPT start at 0, where a norm's slope is 1 / sqrt(eps): 1e6 with the eps of Transformers' ViT, 1e-12.
+    assert all(p.grad.abs().max() < 1e7 for p in model.parameters() if p.requires_grad and p.grad is not None)
+
+
+def test_a_forward_pass_that_fails_leaves_nothing_behind(backbone, adapter, pixel_values):
+    pooled = {"pool_prompts": True} if backbone.record.pooler else {}
+    model = wrap(backbone, adapter, **pooled)
+    expected = output_of(model, pixel_values)
+    last = model.base_model.prompted_blocks()[-1]
+
+    def fail(module, args, output):
+        raise MemoryError
+
+    handle = last.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        output_of(model, pixel_values)
+    handle.remove()
+    assert torch.equal(output_of(copy.deepcopy(model), pixel_values), expected)
+    with model.disable_adapter():
+        assert output_of(model, pixel_values).isfinite().all()
+    assert torch.equal(output_of(model, pixel_values), expected)
+
+
 def test_bfloat16_autocast_and_bfloat16_models_give_finite_losses(backbone, adapter, pixel_values):
     model = wrap(backbone, adapter).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -274,10 +330,19 @@ def test_another_image_size_works_or_is_refused_with_both_grids(backbone, adapte
     assert output_of(model, images, **backbone.interpolates).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_a_compiled_model_has_no_graph_breaks_and_gives_the_same_gradients(name, pixel_values):
+# Every method on ViT, and deep and shallow prompts wherever they get into attention in another way.
+COMPILED = [("vit", name) for name in ADAPTERS]
+COMPILED += [
+    (backbone, name)
+    for backbone in ("beit", "siglip", "swin", "swinv2", "timm")
+    for name in ("vpt_deep", "vpt_shallow")
+]
+
+
+@pytest.mark.parametrize(("backbone_name", "name"), COMPILED)
+def test_a_compiled_model_has_no_graph_breaks_and_gives_the_same_gradients(backbone_name, name, pixel_values):
     dropouts = {"channel_dropout": 0.0, "projector_dropout": 0.0} if ADAPTERS[name].method == "vapt" else {}
-    model = wrap(BACKBONES["vit"], ADAPTERS[name], prompt_dropout=0.0, **dropouts).train()
+    model = wrap(BACKBONES[backbone_name], ADAPTERS[name], prompt_dropout=0.0, **dropouts).train()
     loss = loss_of(model, pixel_values)
     loss.backward()
     expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -27,7 +27,8 @@ class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
         prompts = self.hfvpt_keys_values
         if prompts is None:
             return super().forward(hidden_states, attention_mask, output_attentions)
-        key, value, query = SWINV2_ATTENTION.project(self, hidden_states, hidden_states.shape[1])
+        key, value, query = LinearProjections.project(SWINV2_ATTENTION, self, hidden_states, hidden_states.shape[1])
+        query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
         mask = self._position_bias()
         if attention_mask is not None:
             num_images = len(hidden_states) // len(attention_mask)
@@ -49,8 +50,7 @@ class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output `(windows, T, heads, head_dim)` and weights."""
-        query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
+        """Output `(windows, T, heads, head_dim)` and weights, of normalised queries and keys."""
         logits = query @ key.mT * self.logit_scale.clamp(max=math.log(1.0 / 0.01)).exp()
         weights = self.dropout((logits if mask is None else logits + mask).softmax(dim=-1))
         return (weights @ value).transpose(1, 2), weights
@@ -59,6 +59,20 @@ class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
 class _Swinv2Attention(LinearProjections, StateOnModule):
     def __init__(self):
         super().__init__("query", "key", "value", "attention_head_size")
+
+    def project(
+        self, attention: nn.Module, normed: torch.Tensor, num_queries: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As the attention does, with normalised keys and queries.
+
+        VAPT's prompts start at 0, where there is no direction: keys shorter than 0.01 grow linearly to that length, so
+        that the first gradients are not those of a division by nothing.
+        """
+        key, value, query = super().project(attention, normed, num_queries)
+        key, query = (
+            None if tensor is None else nn.functional.normalize(tensor, dim=-1, eps=1e-2) for tensor in (key, query)
+        )
+        return key, value, query
 
     def check(self, block: nn.Module) -> None:
         cls = type(block.attention.self)

@@ -3,9 +3,9 @@
 Every class is a recipe for a point cloud; an instance perturbs the recipe, splats the cloud on the pixel grid with a
 random stroke width, and takes a random pose, colour, resolution and noise. A whole batch is drawn at once with a few
 matrix products. The fractals follow formula-driven supervised learning (Kataoka et al., https://arxiv.org/abs/2101.08515);
-the contours add closed outlines, which attractors seldom contain. Glyphs are close to handwriting: a backbone
-that was pre-trained on 500 of them, among others, did nearly as well on digits with its head alone as with prompts. The
-packaged one was pre-trained without.
+the contours add closed outlines, which attractors seldom contain. Glyphs are close to handwriting: a backbone that had
+seen 500 of them, among others, did nearly as well on digits with its head alone as with prompts. The packaged one has
+seen none.
 
 Letters in shapes: B images, P points per image, K maps of one fractal, S strokes of one glyph, C control points of one
 stroke.

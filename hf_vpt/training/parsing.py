@@ -132,6 +132,16 @@ def _own_settings(config_class: type[PeftConfig], method: str) -> type:
     )
 
 
+class _NumberOrWord:
+    """Type of an option's value: an integer where it looks like one, else the word itself."""
+
+    def __new__(cls, text: str) -> int | str:
+        try:
+            return int(text)
+        except ValueError:
+            return text
+
+
 def _option_type(hint: Any) -> Any:
     """Reduce a union to what one option can express: with several types beside None, the list, or else the widest."""
     if get_origin(hint) not in (Union, types.UnionType):
@@ -139,6 +149,9 @@ def _option_type(hint: Any) -> Any:
     members = [member for member in get_args(hint) if member is not type(None)]
     lists = [member for member in members if get_origin(member) is list]
     widest = [member for member in (str, float, int) if member in members]
+    if lists and str in members:
+        # A list of numbers or one word (`grid`): the parser knows it as a list of either.
+        lists = [list[_NumberOrWord]]
     chosen = (lists or widest or members)[0]
     # None goes last, where the parser looks for it.
     return chosen | None if type(None) in get_args(hint) else chosen

@@ -138,6 +138,14 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
+    def forget(self) -> None:
+        """Drops what a forward pass that failed has left for a later block or for the pooler."""
+        self.carried = self.outputs = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors with a graph cannot be copied, and mean nothing outside of their forward pass.
+        return {**self.__dict__, "carried": None, "outputs": None}
+
     def release(self) -> nn.Module:
         """The bare block, as it was before it was wrapped."""
         self.access.close(self.attention)
@@ -356,14 +364,6 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
 
     def _keys_values(self, batch: PromptBatch, dtype: torch.dtype, num_queries: int = 0) -> PromptKeysValues:
         """Keys and values of prompts, by the block's own frozen norm and projections."""
-        checkpointing = getattr(self.base_layer, "gradient_checkpointing", False) and self.training
-        keywords = getattr(self.base_layer._gradient_checkpointing_func, "keywords", {}) if checkpointing else {}
-        if keywords.get("use_reentrant"):
-            raise ValueError(
-                "Found reentrant gradient checkpointing, which loses the gradient of prompts. They need the "
-                "non-reentrant form. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-                "{'use_reentrant': False})."
-            )
         bias = batch.bias(dtype)
         normed = batch.prompts if self.norm is None else self.norm(batch.prompts)
         if self.observer is not None:

@@ -40,8 +40,8 @@ class EmbeddingsHook:
         self.model = model
 
     def is_beside(self) -> bool:
-        """Whether a block leaves something for a later one."""
-        return any(p.pooled or not p.deep for block in self.blocks for p in block.prompts.values())
+        """Whether a block finds something that was left for it earlier in the forward pass."""
+        return any(p.pooled or p.stateful or not p.deep for block in self.blocks for p in block.prompts.values())
 
     def checkpoint_stages(self, allowed: bool) -> None:
         """Lets stages be checkpointed whole, where checkpointing is on, or not.
@@ -58,9 +58,33 @@ class EmbeddingsHook:
         for stage in stages:
             stage.gradient_checkpointing = is_on and allowed
 
+    def refuse_reentrant_checkpointing(self) -> None:
+        """Raises `ValueError` if the model is about to run blocks in a way that loses the gradient of prompts."""
+        checkpointed = [*self.backbone.stages(self.model), *(block.base_layer for block in self.blocks)]
+        functions = [
+            module._gradient_checkpointing_func
+            for module in checkpointed
+            if getattr(module, "gradient_checkpointing", False) and module.training
+        ]
+        is_reentrant = any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions)
+        if self.backbone.record.checkpoints_outside and self.backbone.below(self.model, "").grad_checkpointing:
+            from timm.layers import use_reentrant_ckpt
+
+            is_reentrant = use_reentrant_ckpt()
+        if is_reentrant:
+            raise ValueError(
+                "Found reentrant gradient checkpointing, which loses the gradient of prompts. They need the "
+                "non-reentrant form. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), in timm `timm.layers.set_reentrant_ckpt(False)`."
+            )
+
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for block in self.blocks:
+            block.forget()
+        if not all(block.disable_adapters for block in self.blocks):
+            self.refuse_reentrant_checkpointing()
         if module.training:
             # Not the embeddings alone: DINOv3 draws positions at random beside them.
             silence_frozen_modules(self.model)

@@ -47,6 +47,8 @@ class Prompts(nn.Module):
         self.deep = deep
         # Whether their outputs go into the image's feature; set by the tuner, from the config.
         self.pooled = False
+        # Whether they depend on more than their input: on what the embeddings left here for this forward pass.
+        self.stateful = False
 
     @property
     def count(self) -> int:

@@ -213,7 +213,9 @@ class Relocator:
             blocks = torch.tensor([positions[block] for prompts in pool for block in prompts.serves])
             state = policy_state(scores.values, blocks, len(pool), leaving)
             allowed = [prompts.width == pool[owner].width for prompts in pool]
-            target = pool[self.policy.act(state, allowed)].index
+            # A policy of the user's own may not know of blocks into which a prompt does not fit.
+            action = self.policy.act(state) if all(allowed) else self.policy.act(state, allowed)
+            target = pool[action].index
             self.loss_then = scores.loss
             if target != source:
                 pool[owner].move(row, target, self.scale)

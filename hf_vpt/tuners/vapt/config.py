@@ -89,11 +89,13 @@ class VAPTConfig(PromptConfig):
             self.check_fraction(name)
         for name in ("shared_kernel", "shared_projector", "learnable_scale", "interpolate_grid"):
             self.check_bool(name)
-        if self.grid == "interpolate":
+        if self.grid in ("interpolate", ["interpolate"]):  # the latter from a command line
             self.grid, self.interpolate_grid = None, True
+        if isinstance(self.grid, str):
+            self.fail("grid", "two positive numbers, the rows and columns of patches, 'interpolate' or None")
         self.grid = self._list_of("grid", int)
         if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            self.fail("grid", "two positive numbers, the rows and columns of patches")
+            self.fail("grid", "two positive numbers, the rows and columns of patches, 'interpolate' or None")
         if self.padding >= self.kernel_size:
             self.fail("padding", f"less than kernel_size, which is {self.kernel_size}")
         self.check_grid()

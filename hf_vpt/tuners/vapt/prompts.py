@@ -101,7 +101,7 @@ class AdaptivePrompts(Prompts):
         super().__init__(config.num_virtual_tokens)
         self.width = layout.width
         self.num_prefix_tokens = layout.num_prefix_tokens
-        self.interpolates = config.interpolate_grid
+        self.interpolates = self.stateful = config.interpolate_grid
         # Rows and columns of patches in the first stage that the adapter is made for, and how often they were halved.
         self.image_grid, self.stage = tuple(config.grid), layout.stage
         # Those of the images that are on their way through the model.
