@@ -56,8 +56,8 @@ def support_table() -> str:
         "averages tokens, of which prompt outputs could be some.",
         f'- `set_insertion("tokens")` with {_titles(r for r in records if r.windows)}: tokens lie on a grid that '
         "attention splits into windows, and prompts have no place on it.",
-        f"- VAPT with a {_titles(r for r in records if r.shuffles_patches)} that hides patches: it pools the whole grid. "
-        "Set `config.mask_ratio = 0.0`.",
+        f"- VAPT with a {_titles(r for r in records if r.shuffles_patches)} that hides patches: it pools the whole "
+        "grid. Set `config.mask_ratio = 0.0`.",
     ]
     return "\n".join([table, "", "Refused:", "", *notes])
 
