@@ -137,7 +137,7 @@ class TrainingArguments(transformers.TrainingArguments):
                 "remove_unused_columns is true. It must be false, because Trainer would drop the images before they "
                 "are transformed: leave it out."
             )
-        for name in ("head_learning_rate", "head_weight_decay", "plateau_patience"):
+        for name in ("learning_rate", "head_learning_rate", "head_weight_decay", "plateau_patience"):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
 

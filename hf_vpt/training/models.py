@@ -23,6 +23,11 @@ LABELS_FILE = "id2label.json"
 def resolve_model_path(name: str) -> str:
     """Return where a backbone lies: the packaged one for `"demo"`, else `name` itself, a folder or a Hub id."""
     if name != "demo":
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise FileNotFoundError(
+                f"'{name}' is no folder. model_name_or_path needs the folder of a saved model, a Hub id such as "
+                "google/vit-base-patch16-224-in21k, or demo: correct it."
+            )
         return name
     from ..demo import demo_backbone_path
 

@@ -22,7 +22,8 @@ class BPTConfig(PromptConfig):
 
     Args:
         num_virtual_tokens: Prompts N of a block; published: 50 deep, 100 shallow.
-        rank: Rank r of the prompts of a block, from 1 to the width D; published: 50 deep, 25 to 100 shallow.
+        rank: Rank r of the prompts of a block, from 1 to the width D; published: 50 deep, 25 to 100 shallow. More than
+            N adds numbers to tune, but no rank.
         basis: `"bilinear"` learns F and W, W from Xavier's uniform distribution. `"fwhiten"` keeps W fixed at the
             whitening matrix of the block, `"twhiten"` starts there and learns it: for both, call
             `hf_vpt.initialize_whitening(model, dataloader)` once before training.

@@ -99,7 +99,8 @@ def initialize_whitening(
         floor: See `whitening_matrix`. The published estimate goes with 0.
 
     Raises:
-        ValueError: If the adapter has no whitened basis, the batches hold no image, or a matrix is not finite.
+        ValueError: If the adapter has no whitened basis, the batches hold no image or are of another type, or a
+            matrix is not finite.
     """
     if num_images < 1:
         raise ValueError(f"num_images is {num_images}. It must be at least 1; the paper uses 100.")
@@ -124,6 +125,12 @@ def initialize_whitening(
         for block in enabled:
             block._disable_adapters = True  # leaves `requires_grad` alone, which `enable_adapters` does not
         for batch in batches:
+            if not isinstance(batch, (Mapping, torch.Tensor)):
+                raise ValueError(
+                    f"Found a batch of type {type(batch).__name__}. Whitening needs images as a tensor, or a mapping "
+                    "with `pixel_values`, as the model takes them. Collate batches to dictionaries, or pass "
+                    "`(images for images, labels in dataloader)`."
+                )
             inputs = dict(batch) if isinstance(batch, Mapping) else {"pixel_values": batch}
             inputs.pop("labels", None)
             batch_size = len(inputs["pixel_values"])

@@ -21,8 +21,8 @@ class VAPTConfig(PromptConfig):
 
         Z = LayerNorm_i(patches)   A = mix_i(channel_dropout(conv_i(Z))) + b_i   P_i = A + c·W₂·dropout(σ(W₁·A))
 
-    Mixing weights and b start at zero, so adaptive prompts do too. There a LayerNorm has the slope 1/√eps (1e6 with the
-    eps of Transformers' ViT), and so has the first gradient: clip gradients, as `Trainer` does. Deep prompts only.
+    Mixing weights and b start at zero, so adaptive prompts do too. There a LayerNorm has the slope 1/√eps (1e6 in
+    Transformers' ViT), and so has the first gradient: clip gradients, as `Trainer` does. Deep prompts only.
 
     Tuned numbers with L blocks, s of them static, a conv with one kernel and a shared projector:
     s·N·D + (L − s)·(2·D + k² + N·h'·w' + N) + 2·D·r, h' = h + 2·padding − k + 1. ViT-B/16, N=10: 55,608.
