@@ -246,8 +246,12 @@ def test_reentrant_checkpointing_is_an_error_or_keeps_all_gradients(backbone, ad
         model = get_peft_model(base, adapter.config(backbone=backbone)).train()
         if not checkpoints_first:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        with pytest.raises(ValueError, match="reentrant gradient checkpointing.*'use_reentrant': False"):
-            output_of(model, pixel_values)
+        if adapter.settings.get("deep", True) or backbone.record.windows is not None:
+            with pytest.raises(ValueError, match="reentrant gradient checkpointing.*'use_reentrant': False"):
+                output_of(model, pixel_values)
+        else:
+            loss_of(model, pixel_values).backward()
+            assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "prompts.default" in name)
         with model.disable_adapter(), torch.no_grad():
             assert output_of(model, pixel_values).isfinite().all()
 

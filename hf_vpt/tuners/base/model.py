@@ -60,7 +60,10 @@ class EmbeddingsHook:
 
     def refuse_reentrant_checkpointing(self) -> None:
         """Raises `ValueError` if the model is about to run blocks in a way that loses the gradient of prompts."""
-        checkpointed = [*self.backbone.stages(self.model), *(block.base_layer for block in self.blocks)]
+        stages = self.backbone.stages(self.model)
+        # Prompts that are among the tokens are an argument of the block, which keeps its gradient.
+        blocks = [b.base_layer for b in self.blocks if stages or any(p.deep for p in b.prompts.values())]
+        checkpointed = [*stages, *blocks]
         functions = [
             module._gradient_checkpointing_func
             for module in checkpointed
