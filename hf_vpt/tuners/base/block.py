@@ -208,7 +208,9 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             return output
         all_tokens = _tokens_of(output)
         visible = self._strip(all_tokens, inserted)
-        _show(visible, instead_of=all_tokens, initial=hidden_states if self.index == 0 else None)
+        _show(visible, instead_of=all_tokens)
+        if self.index == 0:
+            _show(hidden_states, instead_of=tokens)
         if num_flowing and self.carries and not self.is_last:
             stop = self.backbone.num_prefix_tokens + inserted
             self.first.carried = PromptBatch(all_tokens[:, stop - num_flowing : stop])
@@ -449,18 +451,16 @@ def _with_tokens(output: Any, tokens: torch.Tensor) -> Any:
     return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
 
-def _show(visible: torch.Tensor, instead_of: torch.Tensor, initial: torch.Tensor | None) -> None:
-    """Lets Transformers' recorder of hidden states keep a block's output, and block 0's input, without prompts.
+def _show(visible: torch.Tensor, instead_of: torch.Tensor) -> None:
+    """Lets Transformers' recorder of hidden states keep a block's output, or block 0's input, without prompts.
 
-    The recorder is a hook on the block itself, which ran on more tokens than the model knows of.
+    The recorder is a hook on the block itself, which ran on more tokens than the model knows of. It may have been told
+    to keep other states.
     """
-    states = (_active_collector.get() or {}).get("hidden_states")
-    if not states:
-        return
-    if states[-1] is instead_of:
-        states[-1] = visible
-    if initial is not None and states[0] is not None:
-        states[0] = initial
+    states = (_active_collector.get() or {}).get("hidden_states") or []
+    for position, state in enumerate(states):
+        if state is instead_of:
+            states[position] = visible
 
 
 def silence_frozen_modules(module: nn.Module) -> None:
