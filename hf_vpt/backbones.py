@@ -231,8 +231,7 @@ class Backbone:
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in an image of `height` × `width` pixels."""
-        divide = _ceil_div if self.record.pads_image else int.__floordiv__
-        return divide(height, self.patch_size[0]), divide(width, self.patch_size[1])
+        return _patch_grid((height, width), self.patch_size, self.record)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -268,7 +267,8 @@ def find_backbone(model: nn.Module) -> Backbone:
     root = roots.pop()
     blocks = [match for match in matches if match[1] == root]
     stages = [match[2] if record.windows else "0" for match in blocks]
-    projection = modules[root + record.patch_projection]
+    projection_name = root + record.patch_projection
+    projection, patch_embed = modules[projection_name], modules[projection_name.rpartition(".")[0]]
     vision_config = getattr(config, "vision_config", config)
     patch_size = _patch_size(projection, vision_config)
     bare_blocks = [getattr(modules[match[0]], "base_layer", modules[match[0]]) for match in blocks]
@@ -282,10 +282,8 @@ def find_backbone(model: nn.Module) -> Backbone:
         depths=tuple(stages.count(stage) for stage in dict.fromkeys(stages)),
         num_prefix_tokens=sum(_num_tokens(model, root + path) for path in record.prefix_tokens),
         patch_size=patch_size,
-        grid=_grid(
-            vision_config, modules.get((root + record.patch_projection).rpartition(".")[0]), patch_size, record
-        ),
-        heads=tuple(_heads(model, root, record)),
+        grid=_grid(vision_config, patch_embed, patch_size, record),
+        heads=tuple(_heads(model, modules, root, record)),
     )
 
 
@@ -300,15 +298,22 @@ def _patch_size(projection: nn.Module, config: Any) -> tuple[int, int]:
     return _pair(config.patch_size)
 
 
-def _grid(config: Any, patch_embed: nn.Module | None, patch_size: tuple[int, int], record: BackboneRecord):
+def _grid(config: Any, patch_embed: nn.Module, patch_size: tuple[int, int], record: BackboneRecord) -> tuple[int, int]:
     """Rows and columns of patches that the model is made for."""
     # timm keeps the image size in its patch embedding, SigLIP 2 knows a number of patches alone.
     image_size = getattr(config, "image_size", None) or getattr(patch_embed, "img_size", None)
     if image_size is None:
         side = math.isqrt(config.num_patches)
         return side, side
-    divide = _ceil_div if record.pads_image else int.__floordiv__
-    return tuple(divide(side, patch) for side, patch in zip(_pair(image_size), patch_size, strict=True))
+    return _patch_grid(_pair(image_size), patch_size, record)
+
+
+def _patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int], record: BackboneRecord) -> tuple[int, int]:
+    """Rows and columns of patches in an image; one that does not divide into them is enlarged or cropped."""
+    (height, width), (rows, columns) = image_size, patch_size
+    if record.pads_image:
+        return -(-height // rows), -(-width // columns)
+    return height // rows, width // columns
 
 
 def _num_tokens(model: nn.Module, path: str) -> int:
@@ -320,9 +325,8 @@ def _num_tokens(model: nn.Module, path: str) -> int:
     return 1 if token.ndim == 1 else token.shape[1]
 
 
-def _heads(model: nn.Module, root: str, record: BackboneRecord) -> Iterable[str]:
+def _heads(model: nn.Module, modules: Mapping[str, nn.Module], root: str, record: BackboneRecord) -> Iterable[str]:
     """Names of the task heads that a model has."""
-    modules = dict(model.named_modules())
     known = [name for name in record.heads if name in modules and any(True for _ in modules[name].parameters())]
     if known or "ForImageClassification" not in type(model).__name__:
         return known
@@ -336,10 +340,6 @@ def _heads(model: nn.Module, root: str, record: BackboneRecord) -> Iterable[str]
 
 def _join(root: str, path: str) -> str:
     return ".".join(part for part in (root, path) if part)
-
-
-def _ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

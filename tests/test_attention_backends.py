@@ -53,27 +53,27 @@ def uncompiled_flex_attention():
     torch.compiler.set_stance("default")
 
 
+def assert_the_same_outputs(model, pixel_values, attn_implementations):
+    """Switches a model with prompts through attention functions, which must all give what it gave at first."""
+    expected = outputs_of(model, pixel_values)
+    for attn_implementation in attn_implementations:
+        model.set_attn_implementation(attn_implementation)
+        torch.testing.assert_close(outputs_of(model, pixel_values), expected, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_another_attention_function_keeps_the_prompts(backbone, adapter, pixel_values):
     if backbone.attn_implementations != ("eager", "sdpa"):
         pytest.skip("the family has one attention function alone")
-    model = with_two_adapters(backbone, adapter)
-    expected = outputs_of(model, pixel_values)
-    for attn_implementation in ("eager", "sdpa", "eager"):
-        model.set_attn_implementation(attn_implementation)
-        torch.testing.assert_close(outputs_of(model, pixel_values), expected, rtol=1e-4, atol=1e-5)
+    assert_the_same_outputs(with_two_adapters(backbone, adapter), pixel_values, ("eager", "sdpa", "eager"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", WITH_FLEX)
 @pytest.mark.parametrize("adapter", ["vpt_deep", "vpt_shallow", "vapt"], indirect=True)
 def test_flex_attention_gives_the_same_outputs(name, adapter, pixel_values, uncompiled_flex_attention):
-    backbone = BACKBONES[name]
-    model = with_two_adapters(backbone, adapter)
-    expected = outputs_of(model, pixel_values)
-    for attn_implementation in ("flex_attention", "sdpa", "flex_attention"):
-        model.set_attn_implementation(attn_implementation)
-        torch.testing.assert_close(outputs_of(model, pixel_values), expected, rtol=1e-4, atol=1e-5)
+    model = with_two_adapters(BACKBONES[name], adapter)
+    assert_the_same_outputs(model, pixel_values, ("flex_attention", "sdpa", "flex_attention"))
 
 
 @torch.no_grad()

@@ -106,7 +106,10 @@ class StateOnModule(AttentionAccess):
     attribute = "hfvpt_keys_values"
 
     def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
-        """The subclass of the attention module's class that reads what was handed over."""
+        """The subclass of the attention module's class that reads what was handed over.
+
+        Its `unprompted_class` is the class whose place it takes.
+        """
         raise NotImplementedError
 
     def open(self, attention: nn.Module) -> None:
@@ -116,7 +119,7 @@ class StateOnModule(AttentionAccess):
 
     def close(self, attention: nn.Module) -> None:
         if self.is_open(attention):
-            attention.__class__ = type(attention).__base__
+            attention.__class__ = type(attention).unprompted_class
             delattr(attention, self.attribute)
 
     def is_open(self, attention: nn.Module) -> bool:

@@ -17,6 +17,8 @@ class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
     The logits of prompts have the block's own temperature and no position bias: prompts have no position.
     """
 
+    unprompted_class = Swinv2SelfAttention
+
     def forward(
         self,
         hidden_states: torch.Tensor,

@@ -13,7 +13,7 @@ from .access import StateOnModule
 @functools.cache
 def _prompted_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of timm's `Attention` that lets prompts in; timm is not needed until there is one."""
-    return type(f"Prompted{cls.__name__}", (_PromptedForward, cls), {"__module__": __name__, "_unprompted": cls})
+    return type(f"Prompted{cls.__name__}", (_PromptedForward, cls), {"__module__": __name__, "unprompted_class": cls})
 
 
 class _PromptedForward:
@@ -40,7 +40,7 @@ class _PromptedForward:
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         # Classes made at run time cannot be found by name, which pickle and copy would do.
-        return _rebuild, (self._unprompted,), self.__dict__
+        return _rebuild, (self.unprompted_class,), self.__dict__
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -58,7 +58,7 @@ class _TimmAttention(StateOnModule):
         # By their exact classes: a block may have parts of the same names in another order, with its norms behind.
         attention = getattr(block, "attn", None)
         for part, expected in ((block, Block), (attention, Attention)):
-            cls = getattr(type(part), "_unprompted", type(part))
+            cls = getattr(type(part), "unprompted_class", type(part))
             if cls is not expected:
                 raise ValueError(
                     f"Found {cls.__module__}.{cls.__name__} in a timm model. Prompts need its plain vision "
@@ -69,11 +69,6 @@ class _TimmAttention(StateOnModule):
 
     def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
         return _prompted_class(type(attention))
-
-    def close(self, attention: nn.Module) -> None:
-        if self.is_open(attention):
-            attention.__class__ = type(attention)._unprompted
-            delattr(attention, self.attribute)
 
     def project(
         self, attention: nn.Module, normed: torch.Tensor, num_queries: int = 0

@@ -377,8 +377,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
 
     def _insert(self, tokens: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         """`(B, T, D)` to `(B, T + N, D)`, the prompts right after the prefix."""
-        prompts = batch.prompts if batch.rows is None else batch.prompts[batch.rows]
-        prompts = prompts.expand(tokens.shape[0], -1, -1)
+        prompts = batch.for_images(len(tokens)).prompts
         start = self.backbone.num_prefix_tokens
         return torch.cat([tokens[:, :start], prompts, tokens[:, start:]], dim=1)
 
