@@ -12,17 +12,20 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..data import ImageTransform, collate_images, load_image_dataset
 from ..tuners.bpt import initialize_whitening
 from .arguments import TrainingArguments
+from .checkpoints import find_checkpoints, is_complete
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
+
+logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
 # Images from which BPT estimates its whitened bases, as many as in the paper (arXiv 2506.22908).
@@ -161,18 +164,24 @@ def _callbacks(method: str, training_args: TrainingArguments, num_classes: int) 
 
 
 def _checkpoint_to_resume(settings: Settings) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` names; `true` and `last` stand for the latest one."""
+    """Return the checkpoint that `resume_from_checkpoint` names.
+
+    `true` and `last` stand for the latest one that was written to its end, `auto` for that or none.
+    """
     wanted = settings.training.resume_from_checkpoint
-    if wanted is None or wanted.lower() not in ("true", "last"):
+    if wanted is None or wanted.lower() not in ("true", "last", "auto"):
         return wanted
     output_dir = settings.training.output_dir
-    checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"'{output_dir}' holds no checkpoint. resume_from_checkpoint: {wanted} needs one there: correct "
-            "output_dir, or leave resume_from_checkpoint out to start anew."
-        )
-    return checkpoint
+    for checkpoint in find_checkpoints(output_dir):
+        if is_complete(checkpoint):
+            return str(checkpoint)
+        logger.warning(f"'{checkpoint}' was not written to its end and is passed over.")
+    if wanted.lower() == "auto":
+        return None
+    raise FileNotFoundError(
+        f"'{output_dir}' holds no checkpoint that was written to its end. resume_from_checkpoint: {wanted} needs one "
+        "there: correct output_dir, or use auto, which starts anew where there is none."
+    )
 
 
 def _epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from peft import PeftModel
 from torch.nn import functional as F
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..hub import add_loading_lines
+from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .models import head_parameters, save_label_names
 from .trouble import raise_if_not_finite
 
@@ -40,10 +44,11 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in seven ways: a loss that is not finite stops training; the loss is
+    It differs from `transformers.Trainer` in eight ways: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay
     of its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
-    of the classes (`id2label.json`); and checkpoints of whole models are restored completely.
+    of the classes (`id2label.json`); checkpoints of whole models are restored completely; and checkpoints hold the
+    state of callbacks that have a `state_dict`, and say when they are whole.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -97,6 +102,32 @@ class ImageClassificationTrainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
             save_label_names(model, output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            mark_incomplete(folder)
+        # Trainer deletes older checkpoints as part of saving; here only once the new one is whole.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()  # each process has written its random state
+        if self.args.should_save:
+            save_callbacks(self.callback_handler.callbacks, folder)
+            mark_complete(folder)
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_callbacks(self.callback_handler.callbacks, checkpoint)
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)

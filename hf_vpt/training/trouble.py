@@ -77,6 +77,12 @@ class PlateauWarning(TrainerCallback):
     ) -> None:
         self._count(args)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self._losses, "stuck": self._stuck}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._losses, self._stuck = list(state["losses"]), state["stuck"]
+
     def _count(self, args: TrainingArguments) -> None:
         """Looks at the losses of the epoch that has ended."""
         if not self._losses:

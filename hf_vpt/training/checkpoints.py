@@ -1,0 +1,87 @@
+"""Checkpoints that can be trusted: marked once they are whole, with the state of callbacks that learn."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+MANIFEST_FILE = "manifest.json"
+CALLBACKS_FILE = "callbacks.pt"
+
+
+@runtime_checkable
+class StatefulCallback(Protocol):
+    """A callback whose state belongs into checkpoints: numbers, strings and tensors, in dictionaries and lists.
+
+    `transformers.ExportableState` holds no tensors and makes a new callback when a run resumes; this one is filled.
+    """
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def save_callbacks(callbacks: Iterable[Any], folder: str | Path) -> None:
+    """Write the state of those callbacks that have one, by the name of their class."""
+    states = {type(c).__name__: c.state_dict() for c in callbacks if isinstance(c, StatefulCallback)}
+    torch.save(states, Path(folder) / CALLBACKS_FILE)
+
+
+def load_callbacks(callbacks: Iterable[Any], folder: str | Path) -> None:
+    """Fill callbacks from a checkpoint; those it knows nothing of are left as they are.
+
+    Nothing in the file is executed: only tensors and plain values are read.
+    """
+    file = Path(folder) / CALLBACKS_FILE
+    if not file.is_file():
+        return
+    states = torch.load(file, map_location="cpu", weights_only=True)
+    for callback in callbacks:
+        if isinstance(callback, StatefulCallback) and type(callback).__name__ in states:
+            callback.load_state_dict(states[type(callback).__name__])
+
+
+def mark_incomplete(folder: str | Path) -> None:
+    """Take the mark away from a checkpoint that is about to be written once more."""
+    (Path(folder) / MANIFEST_FILE).unlink(missing_ok=True)
+
+
+def mark_complete(folder: str | Path) -> None:
+    """Note the size of every file of a checkpoint. Written last, and in one go, so it exists only if they all do."""
+    folder = Path(folder)
+    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
+    draft = folder / f"{MANIFEST_FILE}.draft"
+    with draft.open("w", encoding="utf-8") as stream:
+        json.dump(sizes, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    draft.replace(folder / MANIFEST_FILE)
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether all files of a checkpoint are there as they were when it was marked, so that a run can go on from it."""
+    folder = Path(folder)
+    try:
+        sizes = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def find_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the checkpoints of a run, latest first, whether they are whole or not."""
+    number = len(PREFIX_CHECKPOINT_DIR) + 1
+    folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
+    steps = {folder: int(folder.name[number:]) for folder in folders if folder.name[number:].isdecimal()}
+    return sorted(steps, key=steps.get, reverse=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(MANIFEST_FILE))
