@@ -58,10 +58,13 @@ BAD = {
     },
     "provpt": {
         "score": CHOICES,
+        "scoring": CHOICES,
         "score_clip": POSITIVES,
         "allocation": CHOICES,
         "allocation_seed": NATURALS,
         "relocation_warmup": NATURALS,
+        # Any number of steps needs online scores, so 1 is refused too.
+        "relocation_steps": [value for value in COUNTS if value is not None] + [1],
         "relocation_scale": [*POSITIVES, None],
     },
     "bpt": {"rank": COUNTS, "basis": CHOICES},
@@ -136,6 +139,7 @@ def test_a_task_type_is_refused_because_peft_has_none_for_images(method):
         (VAPTConfig, {"num_static_layers": 0}),
         (BPTConfig, {"rank": 8, "token_dim": 8}),
         (PROVPTConfig, {"score_clip": None, "relocation_warmup": 0}),
+        (PROVPTConfig, {"scoring": "online", "relocation_steps": 1}),
         (VPTConfig, {"prompt_dropout": 0, "num_virtual_tokens": 1, "projection_dim": 1}),
     ],
 )
@@ -193,7 +197,13 @@ def test_one_module_to_save_may_be_given_by_its_name():
 SETTINGS = {
     "vpt": {"projection_dim": 4, "prompt_dropout": 0.1, "layers_to_transform": (0, -1)},
     "vapt": {"grid": (4, 6), "pooling": "linear", "shared_projector": False, "num_static_layers": 2},
-    "provpt": {"score": "attention", "score_clip": None, "allocation": "thompson", "relocation_scale": 0.5},
+    "provpt": {
+        "score": "attention",
+        "scoring": "online",
+        "score_clip": None,
+        "allocation": "random",
+        "relocation_steps": 5,
+    },
     "bpt": {"rank": 7, "basis": "fwhiten", "deep": False, "modules_to_save": []},
 }
 
@@ -273,6 +283,7 @@ def test_an_adapter_made_for_another_width_is_refused():
                 "num_virtual_tokens": 20,
                 "prompt_dropout": 0.1,
                 "score": "gate",
+                "scoring": "separate",
                 "score_clip": 0.25,
                 "allocation": "ppo",
                 "relocation_warmup": 1,

@@ -373,18 +373,7 @@ def test_test_split_is_looked_at_once_and_after_training(settings, monkeypatch):
     assert seen == [(3, "eval"), (6, "eval"), (6, "validation"), (6, "test")]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(
-            method,
-            marks=pytest.mark.xfail(
-                method == "provpt", reason="the policy, and the draws of the scoring pass, start anew", strict=True
-            ),
-        )
-        for method in [*METHODS, "full"]
-    ],
-)
+@pytest.mark.parametrize("method", [*METHODS, "full"])
 def test_resumed_run_ends_where_an_uninterrupted_one_ends(settings, tmp_path, method):
     final = []
     for interrupted in (False, True):

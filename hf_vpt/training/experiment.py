@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
+from transformers import TrainerState, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from ..data import ImageTransform, collate_images, load_image_dataset
@@ -21,6 +21,7 @@ from .checkpoints import find_checkpoints, is_complete
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
+from .relocation import RelocationCallback
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -138,8 +139,12 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
         data_collator=collate_images,
         processing_class=processor,
         compute_metrics=ComputeMetrics(),
-        callbacks=_callbacks(model_args.method, training_args, data["train"].features["label"].num_classes),
     )
+    num_classes = data["train"].features["label"].num_classes
+    if training_args.plateau_patience:
+        trainer.add_callback(PlateauWarning(num_classes, training_args.plateau_patience))
+    if model_args.method == "provpt":
+        trainer.add_callback(RelocationCallback(trainer))
     # After the trainer has moved the model to its device.
     if model_args.method == "bpt" and peft_config.basis != "bilinear":
         initialize_whitening(model, _whitening_batches(whitening_images, training_args), NUM_WHITENING_IMAGES)
@@ -150,17 +155,6 @@ def _whitening_batches(images: Dataset, training_args: TrainingArguments) -> Dat
     """Return batches of a seeded sample of training images, the same ones in every process."""
     sample = images.shuffle(seed=training_args.seed).select(range(min(NUM_WHITENING_IMAGES, len(images))))
     return DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
-
-
-def _callbacks(method: str, training_args: TrainingArguments, num_classes: int) -> list[TrainerCallback]:
-    """Return what is to be done between epochs."""
-    patience = training_args.plateau_patience
-    callbacks = [PlateauWarning(num_classes, patience)] if patience else []
-    if method == "provpt":
-        from .relocation import RelocationCallback
-
-        callbacks.append(RelocationCallback())
-    return callbacks
 
 
 def _checkpoint_to_resume(settings: Settings) -> str | None:

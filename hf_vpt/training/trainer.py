@@ -65,11 +65,14 @@ class ImageClassificationTrainer(transformers.Trainer):
         optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_class, {**kwargs, "lr": args.learning_rate * args.learning_rate_factor}
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, self.model.dtype)
         raise_if_not_finite(loss, self.state.global_step, max(rates), dtype)
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_backward"):
+                callback.on_backward(loss, len(inputs["pixel_values"]))
         return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:

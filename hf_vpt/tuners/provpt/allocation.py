@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,12 @@ class AllocationPolicy(Protocol):
 
     def observe(self, reward: float) -> float | None:
         """Takes the reward of the last action; returns the policy's loss where it learned from it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next action depends on: numbers and tensors, in dictionaries and lists."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
 
 
 def policy_state(scores: torch.Tensor, blocks: torch.Tensor, num_blocks: int, leaving: int) -> torch.Tensor:
@@ -131,6 +137,24 @@ class PPOAllocation:
         self.steps, self.rewards = [], []
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "steps": [list(step) for step in self.steps],
+            "rewards": list(self.rewards),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.steps = [tuple(step) for step in state["steps"]]
+        self.rewards = list(state["rewards"])
+
     def update(
         self,
         states: torch.Tensor,
@@ -201,6 +225,51 @@ class ThompsonAllocation:
 
     def observe(self, reward: float) -> None:
         (self.successes if reward >= 0 else self.failures)[self.action] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "successes": self.successes.tolist(),
+            "failures": self.failures.tolist(),
+            "action": self.action,
+            "generator": self.generator.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.successes, self.failures = np.array(state["successes"]), np.array(state["failures"])
+        self.action = state["action"]
+        self.generator.bit_generator.state = state["generator"]
+
+
+class RandomAllocation:
+    """Lets any prompt leave for any block, whatever the scores: what learned moves have to beat.
+
+    Args:
+        num_blocks: Number L of blocks.
+        seed: Seed of the draws.
+    """
+
+    # The scores do not say which prompt leaves, and none need be positive.
+    chooses_prompt = True
+
+    def __init__(self, num_blocks: int, seed: int = 0):
+        self.num_blocks = num_blocks
+        self.generator = np.random.default_rng(seed)
+
+    def leave(self, num_prompts: int) -> int:
+        """The prompt that leaves, of the K prompts of the pool."""
+        return int(self.generator.integers(num_prompts))
+
+    def act(self, state: torch.Tensor, allowed: Sequence[bool] | None = None) -> int:
+        return int(self.generator.choice(np.flatnonzero(allowed or [True] * self.num_blocks)))
+
+    def observe(self, reward: float) -> None:
+        """Learns nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.bit_generator.state = state["generator"]
 
 
 def _mlp(width: int, outputs: int) -> nn.Sequential:

@@ -10,13 +10,18 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..base import BlockLayout, PromptTuner
-from .allocation import AllocationPolicy, PPOAllocation, ThompsonAllocation
+from .allocation import AllocationPolicy, PPOAllocation, RandomAllocation, ThompsonAllocation
 from .config import PROVPTConfig
 from .prompts import PROVPTPrompts
-from .relocation import PromptScores, Relocation, Relocator, ScoreRecorder
+from .relocation import Relocation, Relocator
+from .scores import PromptScores, ScoreRecorder
 
 
-POLICIES: dict[str, Callable[[int, int], AllocationPolicy]] = {"ppo": PPOAllocation, "thompson": ThompsonAllocation}
+POLICIES: dict[str, Callable[[int, int], AllocationPolicy]] = {
+    "ppo": PPOAllocation,
+    "thompson": ThompsonAllocation,
+    "random": RandomAllocation,
+}
 
 
 class PROVPTModel(PromptTuner):
@@ -38,8 +43,18 @@ class PROVPTModel(PromptTuner):
         """Number of prompts that serve each block now, by block index."""
         return {index: len(prompts.rows()) for index, prompts in self.prompts(adapter_name).items()}
 
-    def record_scores(self, adapter_name: str | None = None) -> ScoreRecorder:
-        """A recorder of idleness scores for a loop of one's own. See `ScoreRecorder`."""
+    def record_scores(self, adapter_name: str | None = None, **options: Any) -> ScoreRecorder:
+        """A recorder of idleness scores for a loop of one's own, with its `options`. See `ScoreRecorder`.
+
+        Example:
+            >>> with model.base_model.record_scores(online=True) as recorder:
+            ...     for batch in dataloader:
+            ...         loss = model(**batch).loss
+            ...         loss.backward()
+            ...         recorder.collect(loss, len(batch["pixel_values"]))
+            ...         optimizer.step(), optimizer.zero_grad()
+            >>> model.base_model.relocate(recorder.result())
+        """
         name = adapter_name or self.active_adapters[0]
         if self.active_adapters != [name] or any(block.disable_adapters for block in self.prompted_blocks()):
             raise ValueError(
@@ -50,13 +65,15 @@ class PROVPTModel(PromptTuner):
         config = self.peft_config[name]
         wrappers = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         head = [parameter for wrapper in wrappers for parameter in wrapper.parameters()]
-        return ScoreRecorder(self.prompted_blocks(), self.prompts(adapter_name), head, config.score, config.score_clip)
+        blocks, prompts = self.prompted_blocks(), self.prompts(name)
+        return ScoreRecorder(blocks, prompts, head, config.score, config.score_clip, **options)
 
     def score_prompts(
         self,
         batches: Iterable[Mapping[str, Any]],
         adapter_name: str | None = None,
         compute_loss: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+        **options: Any,
     ) -> PromptScores:
         """Scores how idle each prompt is, in one pass over the training data that updates nothing.
 
@@ -64,9 +81,10 @@ class PROVPTModel(PromptTuner):
             batches: Batches as the model takes them, with `pixel_values` and `labels`; moved to the model's device.
             adapter_name: The adapter; the active one if None.
             compute_loss: Mean loss of a batch from the model and the batch; the model's own loss if None.
+            options: See `ScoreRecorder`: `mean` and `num_processes` where several processes share each batch.
         """
         device = next(self.model.parameters()).device
-        with self.record_scores(adapter_name) as recorder:
+        with self.record_scores(adapter_name, **options) as recorder:
             for batch in batches:
                 batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 with torch.enable_grad():
@@ -78,17 +96,25 @@ class PROVPTModel(PromptTuner):
         """Moves the most idle prompt to the block that the adapter's policy names; to be called before each epoch.
 
         Args:
-            scores: The result of `score_prompts` or of a recorder, for the present weights.
+            scores: The result of `score_prompts` or of a recorder, for the present weights or from the training that
+                led to them.
             adapter_name: The adapter; the active one if None.
 
         Returns:
-            What was done. The policy and what it learned stay with this tuner.
+            What was done. The policy and what it learned stay with this tuner, in `relocator`.
         """
+        return self.relocator(adapter_name).step(self.pool(adapter_name), scores)
+
+    def pool(self, adapter_name: str | None = None) -> list[PROVPTPrompts]:
+        """An adapter's prompts, in the order in which they are scored."""
+        return list(self.prompts(adapter_name).values())
+
+    def relocator(self, adapter_name: str | None = None) -> Relocator:
+        """What decides about an adapter's moves, with its policy; made at first use, and not part of the adapter."""
         name = adapter_name or self.active_adapters[0]
-        pool = list(self.prompts(name).values())
         relocators: dict[str, Relocator] = self.__dict__.setdefault("_relocators", {})
         if name not in relocators:
             config = self.peft_config[name]
-            policy = POLICIES[config.allocation](len(pool), config.allocation_seed)
+            policy = POLICIES[config.allocation](len(self.pool(name)), config.allocation_seed)
             relocators[name] = Relocator(policy, config.relocation_warmup, config.relocation_scale)
-        return relocators[name].step(pool, scores)
+        return relocators[name]

@@ -1,33 +1,15 @@
-"""Scores of how idle prompts are, and the moves that follow from them."""
+"""The moves that follow from idleness scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
-from torch import nn
 
-from ..base import PromptedBlock
 from .allocation import AllocationPolicy, policy_state
 from .prompts import PROVPTPrompts
-
-
-@dataclass(frozen=True)
-class PromptScores:
-    """Idleness scores of one pass over the training data.
-
-    Attributes:
-        values: Score of each of the K prompts of the pool, `(K,)` in float64; prompt k is row k mod N of the pool's
-            block k div N. The larger, the more idle.
-        loss: Σ over the batches of (mean loss of the batch ÷ its number of images).
-        threshold: A prompt moves only with a score above this: 0 for gradients, where a positive one says that the
-            loss falls without the prompt; −∞ for norms, which only rank prompts.
-    """
-
-    values: torch.Tensor
-    loss: float
-    threshold: float = 0.0
+from .scores import PromptScores
 
 
 @dataclass(frozen=True)
@@ -42,6 +24,8 @@ class Relocation:
         reward: Reward of the move before; None where there was none.
         policy_loss: Loss of the policy's update; None where it did not learn now.
         distribution: Number of prompts in each block of the pool afterwards.
+        block_scores: Sum of the scores of the prompts in each block of the pool before.
+        loss: `PromptScores.loss`, in which rewards are counted.
     """
 
     prompt: int
@@ -51,132 +35,12 @@ class Relocation:
     reward: float | None
     policy_loss: float | None
     distribution: list[int]
-
-
-class ScoreRecorder:
-    """Watches prompts on their way into attention and turns gradients into idleness scores.
-
-    A context manager: within it, run the model on a batch and give its loss to `add`, which takes the gradients it
-    needs and leaves every `.grad` alone.
-
-    `"gate"`: with a factor g_k = 1 on prompt k, ∂loss/∂g_k = ⟨∂loss/∂P_k, P_k⟩. A deep prompt reaches the loss only
-    through its block's LayerNorm, which all but cancels that product, so it is computed from the normalised prompt
-    n_k, as ⟨∂loss/∂n_k, n_k⟩·eps/(var(P_k) + eps): the same number without the cancellation.
-
-    `"attention"`: ∂loss/∂b_k for a bias b_k = 0 on the prompt's attention logits, all heads, queries and images.
-
-    `"norm"`: −‖P_k‖ / Σ‖P‖ over the prompts of the block; no gradient.
-
-    Args:
-        blocks: The wrapped blocks.
-        prompts: The adapter's prompts by block index.
-        head: Parameters of the head, whose gradients count for the clipping.
-        kind: See `PROVPTConfig.score`.
-        clip: See `PROVPTConfig.score_clip`.
-    """
-
-    def __init__(
-        self,
-        blocks: list[PromptedBlock],
-        prompts: dict[int, PROVPTPrompts],
-        head: list[nn.Parameter],
-        kind: Literal["gate", "attention", "norm"],
-        clip: float | None,
-    ):
-        self.blocks = [block for block in blocks if block.index in prompts]
-        self.prompts = prompts
-        self.head = [parameter for parameter in head if parameter.requires_grad]
-        self.kind = kind
-        self.clip = clip
-        self.num_rows = len(next(iter(prompts.values())).serves)
-        self.total = torch.zeros(len(prompts) * self.num_rows, dtype=torch.float64)
-        self.loss, self.num_batches = 0.0, 0
-        self._watched: list[tuple[PromptedBlock, torch.Tensor, torch.Tensor]] = []
-
-    def __enter__(self) -> ScoreRecorder:
-        for block in self.blocks:
-            if block.insertion != "keys_values":
-                raise ValueError(
-                    f"Found insertion={block.insertion!r}. Scores are taken from the keys and values of prompts. Call "
-                    "`model.base_model.set_insertion('keys_values')` first."
-                )
-            block.observer = self
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for block in self.blocks:
-            block.observer = None
-
-    def __call__(
-        self, block: PromptedBlock, prompts: torch.Tensor, normed: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Called by a block with its prompts before and after the norm; returns the bias on their logits."""
-        if self.kind == "gate":
-            self._watched.append((block, normed, prompts.detach()))
-        elif self.kind == "attention":
-            zeros = normed.new_zeros(1, 1, 1, normed.shape[1], requires_grad=True)
-            self._watched.append((block, zeros, prompts.detach()))
-            return zeros if bias is None else bias + zeros
-        return bias
-
-    def add(self, loss: torch.Tensor, batch_size: int, retain_graph: bool = False) -> None:
-        """Adds the scores of one batch.
-
-        Args:
-            loss: Mean loss over the batch, with its graph.
-            batch_size: Number of images.
-            retain_graph: Whether a backward pass will follow.
-        """
-        if self.kind != "norm":
-            # What is checkpointed runs again, and shows its prompts again, in every backward pass: in this one, hence
-            # the copy, and in one of the loop's own before, whose prompts have no part in this loss.
-            watched = list(self._watched)
-            tensors = [tensor for _, tensor, _ in watched]
-            # A module to save beside the head may have no part in the loss.
-            gradients = torch.autograd.grad(loss, tensors + self.head, retain_graph=retain_graph, allow_unused=True)
-            scores = torch.zeros_like(self.total)
-            for (block, _, prompts), gradient in zip(watched, gradients, strict=False):
-                if gradient is None:
-                    continue
-                ids = torch.tensor([o * self.num_rows + r for o, r in self.prompts[block.index].rows()])
-                scores[ids] += self._block_scores(block, prompts, gradient)
-            if self.clip is not None:
-                head = [gradient for gradient in gradients[len(tensors) :] if gradient is not None]
-                squares = scores.square().sum() + sum(gradient.cpu().double().square().sum() for gradient in head)
-                scores *= (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-            self.total += scores
-        self._watched.clear()
-        self.loss += loss.item() / batch_size
-        self.num_batches += 1
-
-    def _block_scores(self, block: PromptedBlock, prompts: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """Scores `(N,)` of a block's prompts from the gradient to what was watched."""
-        if self.kind == "attention":
-            return gradient.cpu().double().flatten()
-        # On the CPU, because not every accelerator knows float64.
-        norm, prompts, gradient = block.norm, prompts.cpu().double(), gradient.cpu().double()
-        if norm is None:  # nothing cancels: the gate acts on keys and values as they are
-            return (gradient * prompts).sum(dim=(0, 2))
-        variance = prompts.var(dim=-1, correction=0, keepdim=True)
-        normalised = (prompts - prompts.mean(dim=-1, keepdim=True)) * (variance + norm.eps).rsqrt()
-        inner = (gradient * norm.weight.cpu().double() * normalised).sum(dim=-1)
-        return (inner * (norm.eps / (variance[..., 0] + norm.eps))).sum(dim=0)
-
-    def result(self) -> PromptScores:
-        """The scores, averaged over the batches."""
-        if not self.num_batches:
-            raise ValueError("Found no batches. Scores need at least one. Pass a dataloader that is not empty.")
-        if self.kind != "norm":
-            return PromptScores(self.total / self.num_batches, self.loss)
-        pool = list(self.prompts.values())
-        norms = torch.cat([p.prompt_embeddings.detach().double().norm(dim=1).cpu() for p in pool])
-        served = torch.tensor([block for prompts in pool for block in prompts.serves])
-        sums = torch.zeros(int(served.max()) + 1, dtype=torch.float64).index_add_(0, served, norms)
-        return PromptScores(-norms / sums[served], self.loss, threshold=float("-inf"))
+    block_scores: list[float]
+    loss: float
 
 
 class Relocator:
-    """Moves prompts between blocks, one at most in each epoch (PRO-VPT, arXiv 2503.06901).
+    """Decides which prompts move between blocks, one at most in each epoch (PRO-VPT, arXiv 2503.06901).
 
     Args:
         policy: Names the block for a prompt.
@@ -197,28 +61,52 @@ class Relocator:
 
         Args:
             pool: The prompts that the scores belong to, in the pool's order.
-            scores: Scores from a pass with the present weights.
+            scores: Scores from a pass with the present weights, or from the training that led to them.
         """
-        leaving = int(scores.values.argmax())
-        highest = scores.values[leaving].item()
+        relocation = self.decide(pool, scores)
+        self.apply(pool, relocation)
+        return relocation
+
+    def decide(self, pool: list[PROVPTPrompts], scores: PromptScores) -> Relocation:
+        """As `step`, but moves nothing: of several processes one decides, and all `apply` it."""
+        chooses = getattr(self.policy, "chooses_prompt", False)
+        leaving = self.policy.leave(len(scores.values)) if chooses else int(scores.values.argmax())
+        score = scores.values[leaving].item()
         reward = policy_loss = target = None
         if self.loss_then is not None:
-            reward = self.loss_then - scores.loss - highest
+            reward = self.loss_then - scores.loss - score
             policy_loss = self.policy.observe(reward)
             self.loss_then = None
         positions = {prompts.index: position for position, prompts in enumerate(pool)}
         owner, row = divmod(leaving, len(pool[0].serves))
         source = pool[owner].serves[row]
-        if self.epoch >= self.warmup and highest > scores.threshold:
-            blocks = torch.tensor([positions[block] for prompts in pool for block in prompts.serves])
+        blocks = torch.tensor([positions[block] for prompts in pool for block in prompts.serves])
+        counts = torch.bincount(blocks, minlength=len(pool))
+        if self.epoch + scores.online >= self.warmup and (chooses or score > scores.threshold):
             state = policy_state(scores.values, blocks, len(pool), leaving)
             allowed = [prompts.width == pool[owner].width for prompts in pool]
             # A policy of the user's own may not know of blocks into which a prompt does not fit.
             action = self.policy.act(state) if all(allowed) else self.policy.act(state, allowed)
             target = pool[action].index
             self.loss_then = scores.loss
-            if target != source:
-                pool[owner].move(row, target, self.scale)
+            counts[positions[source]] -= 1
+            counts[action] += 1
         self.epoch += 1
-        distribution = [len(prompts.rows()) for prompts in pool]
-        return Relocation(leaving, highest, source, target, reward, policy_loss, distribution)
+        sums = torch.zeros(len(pool), dtype=torch.float64).index_add_(0, blocks, scores.values.double())
+        return Relocation(
+            leaving, score, source, target, reward, policy_loss, counts.tolist(), sums.tolist(), scores.loss
+        )
+
+    def apply(self, pool: list[PROVPTPrompts], relocation: Relocation) -> None:
+        """Makes the move that was decided, if there is one."""
+        if relocation.target not in (None, relocation.source):
+            owner, row = divmod(relocation.prompt, len(pool[0].serves))
+            pool[owner].move(row, relocation.target, self.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the relocator and its policy have learned, and the reward that is still to come."""
+        return {"epoch": self.epoch, "loss_then": self.loss_then, "policy": self.policy.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.loss_then = state["epoch"], state["loss_then"]
+        self.policy.load_state_dict(state["policy"])
