@@ -11,6 +11,7 @@ from .models import (
     prepare_for_training,
 )
 from .parsing import Settings, parse_arguments
+from .relocation import RelocationCallback
 from .trainer import ClassificationLoss, ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -25,6 +26,7 @@ __all__ = [
     "MeanClassAccuracy",
     "ModelArguments",
     "PlateauWarning",
+    "RelocationCallback",
     "Settings",
     "TrainingArguments",
     "build_trainer",
