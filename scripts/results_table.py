@@ -30,7 +30,10 @@ def main() -> None:
     print("| method | test accuracy, % | tuned parameters | of which prompts | CPU seconds | seeds |")
     print("|---|---|---|---|---|---|")
     for name, title in ROWS.items():
-        runs = [json.loads(file.read_text()) for file in sorted((folder / name).glob("seed*/metrics.json"))]
+        runs = [
+            json.loads(file.read_text()) | json.loads((file.parent / "timings.json").read_text())
+            for file in sorted((folder / name).glob("seed*/metrics.json"))
+        ]
         if not runs:
             continue
         accuracies = [100 * run["test_accuracy"] for run in runs]

@@ -29,6 +29,7 @@ from .trouble import PlateauWarning
 logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
+TIMINGS_FILE = "timings.json"
 # Images from which BPT estimates its whitened bases, as many as in the paper (arXiv 2506.22908).
 NUM_WHITENING_IMAGES = 100
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
@@ -41,14 +42,15 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     validation score is kept. The test split is looked at once, after that.
 
     Written to `output_dir`: the adapter with its head (or the whole model, for a baseline), the image processor, the
-    names of the classes, and `metrics.json`. With `push_to_hub` the folder goes to the Hub too.
+    names of the classes, `metrics.json`, and `timings.json` with the seconds of training (on the clock, and of this
+    process on the CPU) since the run began or last went on. With `push_to_hub` the folder goes to the Hub too.
 
     Args:
         settings: What `parse_arguments` returns.
 
     Returns:
         What `metrics.json` holds: scores on both splits, the epoch they belong to, numbers of trained parameters,
-        seconds of training (on the clock, and of this process on the CPU), seed, settings and versions.
+        seed, settings and versions. All of it is the same for a run that was interrupted and went on.
     """
     trainer, data = build_trainer(settings)
     start = time.process_time()
@@ -62,8 +64,6 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
         **{name: value for name, value in {**test, **validation}.items() if "accuracy" in name or "loss" in name},
         "best_epoch": _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end),
         **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
-        "train_seconds": outcome.metrics["train_runtime"],
-        "train_cpu_seconds": cpu_seconds,
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
         "dataset_name": settings.data.dataset_name,
@@ -79,7 +79,9 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     if trainer.is_world_process_zero():
         output_dir = Path(settings.training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / METRICS_FILE).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        timings = {"train_seconds": outcome.metrics["train_runtime"], "train_cpu_seconds": cpu_seconds}
+        for name, content in ((METRICS_FILE, results), (TIMINGS_FILE, timings)):
+            (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if settings.training.push_to_hub:
         trainer.push_to_hub(tasks="image-classification", dataset=settings.data.dataset_name)
     else:

@@ -1,0 +1,138 @@
+"""A run that dies loses nothing: checkpoints are whole or passed over, and the run goes on to the same end."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+
+from hf_vpt.training import checkpoints, parse_arguments, train_classifier
+from hf_vpt.training.checkpoints import find_checkpoints, is_complete, mark_complete, mark_incomplete
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """Options for a short run on the digits with a tiny backbone: 25 steps, a checkpoint after every fifth."""
+    folder = tmp_path_factory.mktemp("backbone")
+    set_seed(0)
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    words = f"--method provpt --scoring online --num_virtual_tokens 3 --model_name_or_path {folder} --use_cpu"
+    words += " --per_device_train_batch_size 160 --per_device_eval_batch_size 400 --num_train_epochs 5"
+    words += " --learning_rate 0.01 --disable_tqdm 1"
+    return words.split()
+
+
+def run(options, folder, *more):
+    train_classifier(parse_arguments([*options, "--output_dir", str(folder), *more]))
+    return [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "metrics.json", "relocations.json")]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint-10"
+    (folder / "ema").mkdir(parents=True)
+    (folder / "weights").write_bytes(b"12345")
+    (folder / "ema" / "weights").write_bytes(b"123")
+    mark_complete(folder)
+    return folder
+
+
+def test_a_marked_checkpoint_is_complete(checkpoint):
+    assert is_complete(checkpoint)
+    (checkpoint / "README.md").write_text("later additions do no harm")
+    assert is_complete(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "weights").unlink(),
+        lambda folder: (folder / "weights").write_bytes(b"123"),
+        lambda folder: shutil.rmtree(folder / "ema"),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text('{"weights": 5,'),
+        mark_incomplete,
+        shutil.rmtree,
+    ],
+    ids=["file gone", "file cut off", "folder gone", "no mark", "mark cut off", "being written again", "gone"],
+)
+def test_a_checkpoint_that_lacks_something_is_not_complete(checkpoint, damage):
+    damage(checkpoint)
+    assert not is_complete(checkpoint)
+
+
+def test_checkpoints_are_found_by_their_step_the_latest_first(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "other-11"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-12").write_text("no folder")
+    assert [folder.name for folder in find_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-9"]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["adapter_model.safetensors", "optimizer.pt", "trainer_state.json", "manifest.json"]
+)
+def test_a_half_written_checkpoint_is_passed_over_for_the_one_before_it(options, tmp_path, damaged, caplog):
+    expected = run(options, tmp_path / "whole")
+    more = ["--save_total_limit", "3"]
+    run(options, tmp_path / "dead", *more)
+    last, before = find_checkpoints(tmp_path / "dead")[:2]
+    half = (last / damaged).read_bytes()
+    (last / damaged).write_bytes(half[: len(half) // 2])
+    for file in (tmp_path / "dead").glob("*.*"):
+        file.unlink()
+    assert not is_complete(last) and is_complete(before)
+    assert run(options, tmp_path / "dead", *more, "--resume_from_checkpoint", "auto") == expected
+
+
+def test_without_a_checkpoint_auto_starts_anew(options, tmp_path):
+    expected = run(options, tmp_path / "whole")
+    assert run(options, tmp_path / "new", "--resume_from_checkpoint", "auto") == expected
+
+
+def test_older_checkpoints_stay_until_the_new_one_is_whole(options, tmp_path, monkeypatch):
+    original = checkpoints.save_callbacks
+    calls = []
+
+    def die_at_the_third(callbacks, folder):
+        calls.append(folder)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(callbacks, folder)
+
+    monkeypatch.setattr("hf_vpt.training.trainer.save_callbacks", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(options, tmp_path, "--save_total_limit", "1", "--no_load_best_model_at_end", "--eval_strategy", "no")
+    assert {folder.name: is_complete(folder) for folder in find_checkpoints(tmp_path)} == {
+        "checkpoint-10": True,
+        "checkpoint-15": False,
+    }
+
+
+def test_a_checkpoint_runs_no_code_of_its_own(options, tmp_path):
+    run(options, tmp_path, "--num_train_epochs", "2", "--save_total_limit", "3")
+    folder, _ = find_checkpoints(tmp_path)
+    torch.save({"RelocationCallback": Path("anything")}, folder / "callbacks.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"):
+        run(options, tmp_path, "--resume_from_checkpoint", str(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_killed_runs_that_go_on_end_as_one_that_was_left_alone(options, tmp_path):
+    words = [sys.executable, str(ROOT / "scripts" / "kill_and_resume.py"), "--kills", "4", "--folder", str(tmp_path)]
+    words += [*options, "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps"]
+    done = subprocess.run([*words, "--eval_steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "4 kills, 4 equal endings" in done.stdout
+    assert json.loads((tmp_path / "undisturbed" / "metrics.json").read_text())["method"] == "provpt"
