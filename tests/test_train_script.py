@@ -68,15 +68,15 @@ def test_script_trains_with_python_and_options_override_the_file(config, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vpt", "provpt"])
-def test_two_processes_reach_the_weights_of_one(config, tmp_path, method):
+@pytest.mark.parametrize(("method", "scoring"), [("vpt", None), ("provpt", "separate"), ("provpt", "online")])
+def test_two_processes_reach_the_weights_of_one(config, tmp_path, method, scoring):
     # Adam would turn rounding errors of gradients near zero into whole steps, hence SGD.
     options = ["--method", method, "--prompt_dropout", "0", "--optim", "sgd", "--no_load_best_model_at_end"]
     options += ["--num_train_epochs", "3"]
     if method == "provpt":
-        # Clipping is by batch, and the batches of a process are halves. Larger scores than the published one's, which
-        # the norm's eps all but cancels, so that rounding does not decide what moves.
-        options += ["--score_clip", "1e9", "--score", "attention"]
+        # Larger scores than the published one's, which the norm's eps all but cancels, so that rounding does not
+        # decide what moves.
+        options += ["--scoring", scoring, "--score", "attention"]
     one = train_classifier(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "one"), *options]))
     printed, two = run(ACCELERATE, config, tmp_path / "two", *options, "--per_device_train_batch_size", "4")
     # Launched with other options, two processes on a CPU silently become one.
@@ -88,5 +88,8 @@ def test_two_processes_reach_the_weights_of_one(config, tmp_path, method):
     if method == "provpt":
         blocks = [weights[0][name] for name in sorted(weights[0]) if name.endswith(".block")]
         assert any((block != index).any() for index, block in enumerate(blocks)), "no prompt has moved"
+        rounds = [json.loads((tmp_path / name / "relocations.json").read_text()) for name in ("one", "two")]
+        for name in ("prompt", "source", "target", "distribution"):
+            assert [entry[name] for entry in rounds[0]] == [entry[name] for entry in rounds[1]]
     for name, expected in weights[0].items():
         np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
