@@ -1,0 +1,135 @@
+"""What prompts may cost, counted and not timed: nobody brings the prompt tokens' queries and MLP back by accident."""
+
+import copy
+
+import pytest
+import torch
+from conftest import BACKBONES, IMAGE_SIZE
+from peft import get_peft_model
+from torch import nn
+
+from hf_vpt import BPTConfig, PROVPTConfig, VAPTConfig, VPTConfig
+from hf_vpt.cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
+
+
+B, T, N, D, RANK, BLOCKS, GRID = 4, 7, 5, 16, 2, 3, (2, 3)
+ELEMENT = 4  # bytes of a float32
+CONFIGS = {
+    "vpt": VPTConfig(num_virtual_tokens=N),
+    "provpt": PROVPTConfig(num_virtual_tokens=N, prompt_dropout=0.0),
+    "bpt": BPTConfig(num_virtual_tokens=N, rank=RANK),
+    "vapt": VAPTConfig(num_virtual_tokens=N, prompt_dropout=0.0, channel_dropout=0.0, projector_dropout=0.0),
+}
+
+
+def product(m: int, k: int, n: int) -> int:
+    return 2 * m * k * n
+
+
+# Once for the batch where prompts do not depend on the image: their keys and values; the queries of the tokens meet N
+# more keys, and their weights N more values.
+STATIC = 2 * product(N, D, D) + 2 * B * product(T, D, N)
+PER_IMAGE = 2 * B * product(N, D, D) + 2 * B * product(T, D, N)
+# The kernel of 2 × 2, moved over the mixing weights of 1 × 2 positions; mixing; the projector of width 8.
+ADAPTIVE = 2 * 4 * N * 2 + B * product(N, GRID[0] * GRID[1], D) + 2 * B * product(N, D, 8)
+FORWARD = {
+    "vpt": BLOCKS * STATIC,
+    "provpt": BLOCKS * STATIC,
+    "bpt": BLOCKS * (STATIC + product(N, RANK, D)),
+    # Its first block has static prompts.
+    "vapt": STATIC + (BLOCKS - 1) * (PER_IMAGE + ADAPTIVE),
+}
+
+
+def floor() -> nn.Module:
+    """The frozen backbone with a CLS token that trains, so that gradients flow through all blocks."""
+    model = BACKBONES["vit"].build().requires_grad_(False).eval()
+    model.vit.embeddings.cls_token.requires_grad_(True)
+    model.classifier.requires_grad_(True)
+    return model
+
+
+def adapted(method: str, **settings) -> nn.Module:
+    config = copy.deepcopy(CONFIGS[method])
+    for name, value in settings.items():
+        setattr(config, name, value)
+    return get_peft_model(BACKBONES["vit"].build(), config).train()
+
+
+def forward(model: nn.Module):
+    pixels = torch.randn(B, 3, *IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    return lambda: model(pixel_values=pixels, labels=torch.tensor([0, 1, 2, 3])).loss
+
+
+def step(model: nn.Module):
+    return lambda: forward(model)().backward()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_forward_pass_costs_keys_values_and_attention_to_prompts_and_nothing_else(method):
+    assert count_flops(forward(adapted(method))) - count_flops(forward(floor())) == FORWARD[method]
+
+
+def test_concatenated_prompts_go_through_the_whole_block():
+    model = adapted("vpt")
+    model.base_model.set_insertion("tokens")
+    query_and_output = 2 * B * product(N, D, D)
+    mlp = 2 * B * product(N, D, 24)
+    rows = 2 * B * product(N, D, T + N)
+    # For each image, as tokens are.
+    expected = BLOCKS * (PER_IMAGE + query_and_output + mlp + rows)
+    assert count_flops(forward(model)) - count_flops(forward(floor())) == expected
+
+
+@pytest.mark.parametrize("method", ["vpt", "provpt", "bpt"])
+def test_a_training_step_computes_no_gradient_before_the_first_prompts(method):
+    # The tokens of block 0 come from what is frozen, so its projections have no gradient to pass on.
+    not_needed = 3 * B * product(T, D, D)
+    attention = BLOCKS * 2 * B * product(T, D, N)
+    # Flash attention computes its weights once more in its backward pass: five products for two.
+    backward = attention // 2 * 5 + BLOCKS * 2 * product(N, D, D)
+    if method == "bpt":
+        backward += BLOCKS * 2 * product(N, RANK, D)
+    assert count_flops(step(adapted(method))) - count_flops(step(floor())) == FORWARD[method] + backward - not_needed
+
+
+def test_a_training_step_of_prompts_in_the_last_block_goes_back_through_that_block_alone():
+    last, all_blocks = adapted("vpt", layers_to_transform=[2]), adapted("vpt")
+    backward = count_flops(step(last)) - count_flops(forward(last))
+    assert backward < (count_flops(step(all_blocks)) - count_flops(forward(all_blocks))) / 2
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_training_step_keeps_keys_values_and_the_prompts_themselves(method):
+    kept = count_saved_bytes(forward(model := adapted(method)), model)
+    bare = count_saved_bytes(forward(reference := floor()), reference)
+    keys_values = 2 * B * N * D
+    # A prompt, what its norm keeps, and for those that images make: mixed, projected, as many as images.
+    prompts = N * (4 * D + 16) if method != "vapt" else B * N * (6 * D + 40) + B * T * (2 * D + 4) + 100
+    assert kept - bare <= BLOCKS * ELEMENT * (keys_values + prompts)
+
+
+def test_concatenated_prompts_keep_far_more():
+    model, tokens = adapted("vpt"), adapted("vpt")
+    tokens.base_model.set_insertion("tokens")
+    bare = count_saved_bytes(forward(reference := floor()), reference)
+    more = count_saved_bytes(forward(model), model) - bare
+    assert count_saved_bytes(forward(tokens), tokens) - bare > 4 * more
+
+
+def test_peak_memory_sees_what_was_allocated_and_given_back():
+    def allocate():
+        torch.ones(50 * 2**20 // 4).sum()
+
+    if (grown := peak_memory(allocate)) is None:
+        pytest.skip("resident memory is read on Linux only")
+    assert 45 * 2**20 < grown < 70 * 2**20
+    assert peak_memory(lambda: None) < 5 * 2**20
+
+
+def test_computations_are_timed_in_turn_and_none_always_after_the_same_other():
+    calls = []
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = interleaved_seconds(runs, repeats=2, warmup=1)
+    assert "".join(calls) == "abcbcacab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
