@@ -1,0 +1,103 @@
+"""The benchmark measures what it says, and leaves tables, numbers and pictures."""
+
+import dataclasses
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_vpt import benchmark
+from hf_vpt.benchmark import FLOOR, VARIANTS, BenchmarkArguments, run_benchmark, to_markdown
+
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--repeats", "2", "--num_threads", "1", "--image_size", "32"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_backbone():
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=100
+    )
+    tiny = dataclasses.replace(benchmark.BACKBONES["vit"], model_cls=ViTForImageClassification, config=config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(benchmark.BACKBONES, "vit", tiny)
+        yield
+
+
+@pytest.fixture(scope="module")
+def results(tiny_backbone):
+    sizes = {"num_virtual_tokens": [2, 4], "batch_size": [2], "image_size": 32, "repeats": 2, "num_threads": 1}
+    return run_benchmark(BenchmarkArguments(modes=["training", "inference"], count=True, **sizes))
+
+
+def test_every_variant_is_measured_in_every_round_and_compared_with_the_floor_of_its_own(results):
+    rounds = {}
+    for row in results:
+        rounds.setdefault((row.mode, row.num_virtual_tokens), []).append(row)
+    assert len(rounds) == 4
+    for rows in rounds.values():
+        assert [row.variant for row in rows] == list(VARIANTS)
+        floor = statistics.median(rows[0].seconds)
+        for row in rows:
+            assert row.over_floor == pytest.approx(statistics.median(row.seconds) / floor)
+            assert row.images_per_second == pytest.approx(2 / statistics.median(row.seconds))
+
+
+def test_variants_train_what_they_should_and_cost_what_they_must(results):
+    rows = {row.variant: row for row in results if (row.mode, row.num_virtual_tokens) == ("training", 4)}
+    trained = {name: row.trained_parameters for name, row in rows.items()}
+    assert trained[FLOOR] == 16
+    assert trained["linear probe"] == 0
+    assert trained["VPT-Deep"] == trained["VPT-Deep, concatenated"] == 2 * 4 * 16
+    assert trained["LoRA, r = 8 on q and v"] == 2 * 2 * 2 * 8 * 16
+    assert trained["full fine-tuning"] > 1000
+    assert rows["VPT-Deep"].flops < rows["VPT-Deep, concatenated"].flops
+    assert rows["VPT-Deep"].saved_bytes < rows["VPT-Deep, concatenated"].saved_bytes
+    assert rows["linear probe"].flops < rows[FLOOR].flops < rows["full fine-tuning"].flops
+    inference = {row.variant: row for row in results if (row.mode, row.num_virtual_tokens) == ("inference", 4)}
+    assert inference[FLOOR].saved_bytes is None
+    assert inference[FLOOR].flops < rows[FLOOR].flops
+
+
+def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
+    base = ViTForImageClassification(benchmark.BACKBONES["vit"].config).requires_grad_(False)
+    models = {name: make(benchmark._share(base), benchmark.BACKBONES["vit"], 3) for name, make in VARIANTS.items()}
+    frozen = {id(parameter) for parameter in base.parameters()}
+    for name, model in models.items():
+        own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        assert not own & frozen, name
+        assert name == "full fine-tuning" or {id(p) for p in model.parameters()} & frozen, name
+
+
+def test_an_unknown_variant_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ValueError, match="variants has .'VPT-Deeper'.*VPT-Deep'"):
+        run_benchmark(BenchmarkArguments(variants=["VPT-Deeper"]))
+
+
+def test_the_script_leaves_a_table_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import benchmark as script
+    finally:
+        sys.path.pop(0)
+    words = [*TINY, "--num_virtual_tokens", "2", "4", "--variants", "VPT-Deep", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["scripts/benchmark.py", *words])
+    script.main()
+    table = (tmp_path / "benchmark.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "scripts/benchmark.py --repeats 2" in table
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["variant"] for row in record["results"]] == 2 * [FLOOR, "VPT-Deep"]
+    assert (tmp_path / "cost_over_num_virtual_tokens.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "cost_over_batch_size.png").exists()
+
+
+def test_a_table_has_one_line_for_each_variant(results):
+    table = to_markdown(results)
+    assert table.count("**training, B = 2, N = 4**") == 1
+    assert table.count("| VPT-Deep |") == 4
+    assert table.count("× FLOPs") == 4
