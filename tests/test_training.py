@@ -342,6 +342,18 @@ def test_run_learns_and_leaves_everything_needed_to_use_it(settings, tmp_path, m
     assert written["num_images"] == {"train": 24, "validation": 12, "test": 12}
 
 
+def test_averaged_weights_are_scored_and_saved_beside_the_last_ones(settings, tmp_path):
+    run = settings("vapt", "--num_train_epochs", "6", "--ema_decay", "0.8", "--metric_for_best_model", "ema_accuracy")
+    results = train_classifier(run)
+    scores = {f"{split}_{name}" for split in ("validation", "test") for name in ("accuracy", "ema_accuracy")}
+    assert scores | {"test_ema_loss", "validation_ema_mean_class_accuracy"} <= results.keys()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
+    for folder in (tmp_path / "out", tmp_path / "out" / "ema"):
+        files = {path.name for path in folder.iterdir()}
+        assert files >= {"adapter_model.safetensors", "id2label.json", "preprocessor_config.json", "README.md"}
+        PeftModel.from_pretrained(load_classifier(run.model, load_label_names(folder)), folder)
+
+
 def test_saved_adapter_predicts_as_the_trained_model_with_its_class_names(settings, tmp_path):
     run = settings("vpt")
     trainer, data = build_trainer(run)

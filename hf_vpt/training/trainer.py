@@ -191,9 +191,8 @@ class ImageClassificationTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self._is_whole_model():
             self._restore_weights(resume_from_checkpoint)
-        elif (Path(resume_from_checkpoint) / EMA_FOLDER / SAFETENSORS_WEIGHTS_NAME).is_file():
-            # Trainer would take the averaged weights for a second adapter, called like their folder. (PEFT has a
-            # folder for each adapter that is not the default one, of the averaged weights too.)
+        elif self._has_averaged_adapter(resume_from_checkpoint):
+            # Trainer would take the averaged weights for a second adapter, called like their folder.
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -205,6 +204,11 @@ class ImageClassificationTrainer(transformers.Trainer):
             super()._load_best_model()
         if self.ema is not None:
             load_callbacks([self.ema], self.state.best_model_checkpoint)
+
+    def _has_averaged_adapter(self, folder: str) -> bool:
+        # Adapters of other names have folders of their own, in that of the averaged weights too.
+        is_default = isinstance(self.model, PeftModel) and self.model.active_adapters == ["default"]
+        return is_default and (Path(folder) / EMA_FOLDER / SAFETENSORS_WEIGHTS_NAME).is_file()
 
     def _is_whole_model(self) -> bool:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
