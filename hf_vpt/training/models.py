@@ -45,7 +45,8 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
     """Load a pre-trained vision transformer with a fresh classification head that knows the names of its classes.
 
     The head is drawn at random (seed first) unless the backbone comes with one for the same number of classes. A
-    ViT-MAE, which Transformers has no classifier for, becomes the ViT that its encoder is. Its head reads the CLS token.
+    ViT-MAE, which Transformers has no classifier for, becomes the ViT that its encoder is; its head reads the CLS
+    token.
 
     Args:
         model_args: Which backbone, in which number format and with which attention kernel.
