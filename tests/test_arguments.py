@@ -75,7 +75,7 @@ def test_baselines_have_no_method_configuration(method):
     assert parse_arguments(["--method", method]).peft_config is None
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_configuration_is_valid(path):
     parse_arguments(["--config", str(path)])
 

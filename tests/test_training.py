@@ -11,6 +11,7 @@ from conftest import BACKBONES, output_of
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
@@ -340,6 +341,27 @@ def test_run_learns_and_leaves_everything_needed_to_use_it(settings, tmp_path, m
     assert written["label_names"] == CLASSES
     assert 1 <= written["best_epoch"] <= 20
     assert written["num_images"] == {"train": 24, "validation": 12, "test": 12}
+
+
+def test_averaged_weights_are_scored_and_saved_beside_the_last_ones(settings, tmp_path):
+    run = settings("vapt", "--num_train_epochs", "6", "--ema_decay", "0.8", "--metric_for_best_model", "ema_accuracy")
+    results = train_classifier(run)
+    scores = {f"{split}_{name}" for split in ("validation", "test") for name in ("accuracy", "ema_accuracy")}
+    assert scores | {"test_ema_loss", "validation_ema_mean_class_accuracy"} <= results.keys()
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
+    for folder in (tmp_path / "out", tmp_path / "out" / "ema"):
+        files = {path.name for path in folder.iterdir()}
+        assert files >= {"adapter_model.safetensors", "id2label.json", "preprocessor_config.json", "README.md"}
+        PeftModel.from_pretrained(load_classifier(run.model, load_label_names(folder)), folder)
+
+
+def test_averaged_prompts_serve_the_blocks_that_the_last_ones_serve(settings, tmp_path):
+    options = ["--num_train_epochs", "5", "--ema_decay", "0.9", "--no_load_best_model_at_end"]
+    train_classifier(settings("provpt", *options, "--score", "attention", "--score_clip", "1e9"))
+    last, averaged = (load_file(tmp_path / "out" / name / "adapter_model.safetensors") for name in (".", "ema"))
+    blocks = [name for name in sorted(last) if name.endswith(".block")]
+    assert any((last[name] != index).any() for index, name in enumerate(blocks)), "no prompt has moved"
+    assert all(torch.equal(last[name], averaged[name]) for name in blocks)
 
 
 def test_saved_adapter_predicts_as_the_trained_model_with_its_class_names(settings, tmp_path):

@@ -1,6 +1,7 @@
 """Training with Trainer and Accelerate: settings, models, metrics, and a whole run in one call."""
 
 from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from .ema import ExponentialMovingAverage
 from .experiment import build_trainer, train_classifier
 from .metrics import Accuracy, ComputeMetrics, MeanClassAccuracy
 from .models import (
@@ -22,6 +23,7 @@ __all__ = [
     "ClassificationLoss",
     "ComputeMetrics",
     "DataArguments",
+    "ExponentialMovingAverage",
     "ImageClassificationTrainer",
     "MeanClassAccuracy",
     "ModelArguments",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import transformers
 
 from ..data.processing import Augmentation
+from .ema import ExponentialMovingAverage
 
 
 # Baselines that need no adapter: train the head alone, or everything.
@@ -90,6 +92,18 @@ class TrainingArguments(transformers.TrainingArguments):
             and its successors are meant. The global batch counts all processes and accumulated batches.
         head_learning_rate: Learning rate of the classification head. Default: that of everything else.
         head_weight_decay: Weight decay of the head's weights (biases have none). Default: that of everything else.
+        norm_learning_rate: Learning rate of trained normalisation layers outside the head: VAPT's own, or all of them
+            in full fine-tuning. Default: that of everything else.
+        norm_weight_decay: Weight decay of their weights (biases have none). Default: none.
+        lr_schedule_unit: Whether the learning rate changes with each `"step"`, or once an `"epoch"` and stays at the
+            schedule's value at the epoch's start, as in the code of VPT and its successors.
+        ema_decay: Decay in [0, 1) of an exponential moving average of the trained weights, which is scored beside the
+            last ones (`eval_ema_accuracy`; `metric_for_best_model: ema_accuracy` chooses by it) and saved in the
+            folder `ema` beside them; see `ExponentialMovingAverage`. Default: no average.
+        mixup_alpha: Training images are mixed with their neighbour in the batch in proportions from Beta(α, α), at
+            least 0, and so are labels (mixup, arXiv 1710.09412); 0 for never. The larger, the nearer to halves.
+        cutmix_alpha: The same for boxes cut out of the neighbour (CutMix, arXiv 1905.04899). With both, each batch
+            gets one of them.
         plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
             0 for never.
 
@@ -117,6 +131,14 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     head_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the head."})
     head_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the head."})
+    norm_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of trained norms."})
+    norm_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of trained norms."})
+    lr_schedule_unit: Literal["step", "epoch"] = field(
+        default="step", metadata={"help": "Whether the learning rate changes with each step or epoch."}
+    )
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Strength of mixup; 0 for none."})
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "Strength of CutMix; 0 for none."})
     plateau_patience: int = field(default=5, metadata={"help": "Epochs of guessing after which to warn."})
 
     def __post_init__(self):
@@ -137,7 +159,19 @@ class TrainingArguments(transformers.TrainingArguments):
                 "remove_unused_columns is true. It must be false, because Trainer would drop the images before they "
                 "are transformed: leave it out."
             )
-        for name in ("learning_rate", "head_learning_rate", "head_weight_decay", "plateau_patience"):
+        if self.lr_schedule_unit not in ("step", "epoch"):
+            raise ValueError(f"lr_schedule_unit is '{self.lr_schedule_unit}'. It must be step or epoch: choose one.")
+        self._check_that_epochs_count()
+        if self.ema_decay is not None:
+            ExponentialMovingAverage(self.ema_decay)  # checks it
+        elif (self.metric_for_best_model or "").removeprefix("eval_").startswith("ema_"):
+            raise ValueError(
+                f"metric_for_best_model is '{self.metric_for_best_model}' without ema_decay. Scores of averaged "
+                "weights need an average: set ema_decay, or choose by accuracy."
+            )
+        not_negative = ("learning_rate", "head_learning_rate", "head_weight_decay", "norm_learning_rate")
+        not_negative += ("norm_weight_decay", "mixup_alpha", "cutmix_alpha", "plateau_patience")
+        for name in not_negative:
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
 
@@ -146,6 +180,20 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.warmup_epochs:
             return round(num_training_steps * self.warmup_epochs / self.num_train_epochs)
         return super().get_warmup_steps(num_training_steps)
+
+    def get_steps_per_epoch(self, num_training_steps: int) -> int:
+        """Return the number of optimiser steps of an epoch, in a run of so many of them in all."""
+        self._check_that_epochs_count()
+        # The last epoch may be a fraction, rounded up to a step. Where all steps are in one epoch, any number from
+        # theirs on will do.
+        return math.floor(num_training_steps / self.num_train_epochs + 1e-6)
+
+    def _check_that_epochs_count(self) -> None:
+        if self.lr_schedule_unit == "epoch" and self.max_steps > 0:
+            raise ValueError(
+                f"lr_schedule_unit is 'epoch' and max_steps {self.max_steps}. A schedule by epochs needs a run "
+                "counted in epochs: set num_train_epochs instead of max_steps, or leave lr_schedule_unit out."
+            )
 
     @property
     def global_batch_size(self) -> int:

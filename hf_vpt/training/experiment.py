@@ -41,6 +41,9 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     Parameters are fitted on the train split. With `load_best_model_at_end` (the default) the epoch with the best
     validation score is kept. The test split is looked at once, after that.
 
+    With `ema_decay` the averaged weights are scored too (`validation_ema_accuracy`, `test_ema_accuracy`) and lie in
+    the folder `ema` of `output_dir`, complete like the last ones beside them.
+
     Written to `output_dir`: the adapter with its head (or the whole model, for a baseline), the image processor, the
     names of the classes, `metrics.json`, and `timings.json` with the seconds of training (on the clock, and of this
     process on the CPU) since the run began or last went on. With `push_to_hub` the folder goes to the Hub too.

@@ -10,7 +10,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..backbones import BACKBONES, find_backbone
@@ -37,7 +44,9 @@ def resolve_model_path(name: str) -> str:
 def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> PreTrainedModel:
     """Load a pre-trained vision transformer with a fresh classification head that knows the names of its classes.
 
-    The head is drawn at random (seed first) unless the backbone comes with one for the same number of classes.
+    The head is drawn at random (seed first) unless the backbone comes with one for the same number of classes. A
+    ViT-MAE, which Transformers has no classifier for, becomes the ViT that its encoder is; its head reads the CLS
+    token.
 
     Args:
         model_args: Which backbone, in which number format and with which attention kernel.
@@ -54,6 +63,7 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
         id2label=id2label,
         label2id={label: number for number, label in id2label.items()},
     )
+    config = _without_decoder(config)
     return AutoModelForImageClassification.from_pretrained(
         path,
         config=config,
@@ -63,6 +73,14 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
         # A head for other classes is replaced.
         ignore_mismatched_sizes=True,
     )
+
+
+def _without_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of the ViT in a ViT-MAE, and any other config as it is."""
+    if config.model_type != "vit_mae":
+        return config
+    shared = {"id2label", "label2id"} | ViTConfig().to_dict().keys() - {"model_type", "architectures"}
+    return ViTConfig(**{name: value for name, value in config.to_dict().items() if name in shared})
 
 
 def load_image_processor(model_args: ModelArguments) -> BaseImageProcessor:

@@ -9,14 +9,13 @@ import json
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from .recipes import read_recipe
 
 
 class Settings(NamedTuple):
@@ -40,7 +39,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
 
     Every field of `ModelArguments`, `DataArguments`, `TrainingArguments` and of the chosen method's configuration
     class is both a key of the file and an option: `num_virtual_tokens: 5` or `--num_virtual_tokens 5`. The file's
-    values are converted by the types of the fields, so `1e-3` is a number although YAML calls it text.
+    values are converted by the types of the fields, so `1e-3` is a number although YAML calls it text. A file may
+    build upon another one: `base: ../default.yaml`, see `read_recipe`.
 
     Args:
         argv: Words of the command line. Default: those of this process.
@@ -61,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     first.add_argument("--config")
     first.add_argument("--method")
     chosen, options = first.parse_known_args(argv)
-    config = _read_yaml(chosen.config) if chosen.config else {}
+    config = read_recipe(chosen.config) if chosen.config else {}
     method = chosen.method or config.get("method", ModelArguments.method)
     config_class = _config_class(method)
 
@@ -72,7 +72,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--config", help="YAML file of settings; options on the command line override it.")
     known = {field.name for group in groups for field in dataclasses.fields(group) if field.init}
     if unknown := [key for key in config if key not in known]:
-        raise ValueError(_explain_unknown(unknown, known, method, f"{chosen.config} sets"))
+        raise ValueError(
+            _explain_unknown(unknown, known, method, f"{chosen.config}, or a file that it builds upon, sets")
+        )
 
     words = _to_words(config, parser)
     *parsed, _, rest = parser.parse_args_into_dataclasses(
@@ -84,20 +86,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     model, data, training, *own = parsed
     peft_config = config_class(**_shallow_dict(own[0])) if own else None
     return Settings(model, data, training, peft_config)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"There is no configuration file '{path}'. --config needs a YAML file: correct the path, which is "
-            f"relative to the working folder '{Path.cwd()}'."
-        )
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}. It must hold lines of the form `name: value`.")
-    return config
 
 
 def _config_class(method: str) -> type[PeftConfig] | None:

@@ -7,12 +7,17 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.nn import functional as F
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..hub import add_loading_lines
 from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
-from .models import head_parameters, save_label_names
+from .ema import EMA_FOLDER, ExponentialMovingAverage
+from .mixing import make_mixer
+from .models import save_label_names
+from .optimizer import group_by_role
+from .schedule import hold_within_epochs
 from .trouble import raise_if_not_finite
 
 
@@ -31,7 +36,10 @@ class ClassificationLoss:
         self.label_smoothing = label_smoothing
 
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation)."""
+        """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation).
+
+        Labels are classes `(B,)`, or the probabilities of all classes `(B, classes)` where images are mixed.
+        """
         # In float32, because a softmax over many classes loses too much in half precision.
         logits = outputs["logits"].float()
         if num_items_in_batch is None:
@@ -44,11 +52,13 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in eight ways: a loss that is not finite stops training; the loss is
-    `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay
-    of its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
-    of the classes (`id2label.json`); checkpoints of whole models are restored completely; and checkpoints hold the
-    state of callbacks that have a `state_dict`, and say when they are whole.
+    It differs from `transformers.Trainer` in eleven ways: a loss that is not finite stops training; the loss is
+    `ClassificationLoss`; learning rates may scale with the batch; head and normalisation layers may have learning
+    rates and weight decays of their own; schedules may change once an epoch; images may be mixed while training
+    (mixup, CutMix); averaged weights (`ema_decay`) are scored and saved beside the last ones; of several equally good
+    epochs the last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`);
+    checkpoints of whole models are restored completely; and checkpoints hold the state of callbacks that have a
+    `state_dict`, and say when they are whole.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -59,6 +69,16 @@ class ImageClassificationTrainer(transformers.Trainer):
     def __init__(self, model=None, args=None, **kwargs):
         smoothing = args.label_smoothing_factor
         super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
+        self.mixer = make_mixer(args.mixup_alpha, args.cutmix_alpha, self.model.config.num_labels)
+        self.ema = None
+        if args.ema_decay is not None:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    f"ema_decay is {args.ema_decay:g} with {'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'}. "
+                    "Averages need whole parameters in every process: leave ema_decay out, or train without sharding."
+                )
+            self.ema = ExponentialMovingAverage(args.ema_decay)
+            self.add_callback(self.ema)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -66,6 +86,11 @@ class ImageClassificationTrainer(transformers.Trainer):
         return optimizer_class, {**kwargs, "lr": args.learning_rate * args.learning_rate_factor}
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        if self.mixer is not None:
+            # Here and not in a worker of the data loader, so that the draws go on where a checkpoint left them.
+            inputs = self._prepare_inputs(inputs)
+            pixel_values, labels = self.mixer(inputs["pixel_values"], inputs["labels"])
+            inputs = {**inputs, "pixel_values": pixel_values, "labels": labels}
         loss = super().training_step(model, inputs, num_items_in_batch)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, self.model.dtype)
@@ -78,33 +103,46 @@ class ImageClassificationTrainer(transformers.Trainer):
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if is_new and (self.args.head_learning_rate is not None or self.args.head_weight_decay is not None):
-            self._give_head_its_own_groups(optimizer)
+        if is_new:
+            model = self.accelerator.unwrap_model(self.model)
+            names = set(self.get_decay_parameter_names(model))
+            decayed = {parameter for name, parameter in model.named_parameters() if name in names}
+            group_by_role(optimizer, model, self.args, decayed)
         return optimizer
 
-    def _give_head_its_own_groups(self, optimizer: torch.optim.Optimizer) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        head = {id(parameter) for parameter in head_parameters(model)}
-        names = set(self.get_decay_parameter_names(model))
-        decayed = {id(parameter) for name, parameter in model.named_parameters() if name in names}
-        for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in head]
-            if not moved:
-                continue
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-            own = {**group, "params": moved}
-            if self.args.head_learning_rate is not None:
-                own["lr"] = self.args.head_learning_rate * self.args.learning_rate_factor
-            # Trainer's groups hold either only decayed parameters or none, such as biases; those stay without decay.
-            if self.args.head_weight_decay is not None and id(moved[0]) in decayed:
-                own["weight_decay"] = self.args.head_weight_decay
-            optimizer.add_param_group(own)
+    def create_scheduler(self, num_training_steps, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.lr_schedule_unit == "epoch":
+            hold_within_epochs(scheduler, self.args.get_steps_per_epoch(num_training_steps))
+        return scheduler
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        settings = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
+        output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **settings)
+        if self.ema is not None and self.ema.averages is not None:
+            prefix = f"{metric_key_prefix}_ema"
+            # A data loader draws a seed whenever it starts; what trains must not depend on whether it is averaged.
+            with torch.random.fork_rng(devices=[]), self.ema.averaged(self.accelerator.unwrap_model(self.model)):
+                averaged = super().evaluation_loop(dataloader, description, metric_key_prefix=prefix, **settings)
+            averaged.metrics.pop(f"{prefix}_model_preparation_time", None)
+            output.metrics.update(averaged.metrics)
+        return output
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        self._save_with_label_names(folder, state_dict)
+        if self.args.should_save and self.ema is not None and self.ema.averages is not None:
+            with self.ema.averaged(self.accelerator.unwrap_model(self.model)):
+                self._save_with_label_names(str(Path(folder) / EMA_FOLDER))
+
+    def _save_with_label_names(self, folder: str, state_dict=None) -> None:
+        super()._save(folder, state_dict)
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
-            save_label_names(model, output_dir or self.args.output_dir)
+            save_label_names(model, folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -153,6 +191,9 @@ class ImageClassificationTrainer(transformers.Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         if self._is_whole_model():
             self._restore_weights(resume_from_checkpoint)
+        elif self._has_averaged_adapter(resume_from_checkpoint):
+            # Trainer would take the averaged weights for a second adapter, called like their folder.
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -161,6 +202,13 @@ class ImageClassificationTrainer(transformers.Trainer):
             self._restore_weights(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+        if self.ema is not None:
+            load_callbacks([self.ema], self.state.best_model_checkpoint)
+
+    def _has_averaged_adapter(self, folder: str) -> bool:
+        # Adapters of other names have folders of their own, in that of the averaged weights too.
+        is_default = isinstance(self.model, PeftModel) and self.model.active_adapters == ["default"]
+        return is_default and (Path(folder) / EMA_FOLDER / SAFETENSORS_WEIGHTS_NAME).is_file()
 
     def _is_whole_model(self) -> bool:
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
