@@ -9,12 +9,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.utils import logging
 
-from ..data import ImageTransform, collate_images, load_image_dataset
+from ..data import AugmentedImages, ImageTransform, collate_images, load_image_dataset
 from ..tuners.bpt import initialize_whitening
 from .arguments import TrainingArguments
 from .checkpoints import find_checkpoints, is_complete
@@ -86,7 +86,7 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, DatasetDict]:
+def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[str, Any]]:
     """Load data and backbone, and put them together to a trainer that has not trained yet.
 
     Args:
@@ -127,9 +127,10 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
 
     plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
     whitening_images = data["train"].with_transform(plain)
-    data = DatasetDict(
-        {split: images.with_transform(augmented if split == "train" else plain) for split, images in data.items()}
-    )
+    data = {
+        "train": AugmentedImages(data["train"], augmented, training_args.seed),
+        **{split: data[split].with_transform(plain) for split in ("validation", "test")},
+    }
     trainer = ImageClassificationTrainer(
         model=model,
         args=training_args,

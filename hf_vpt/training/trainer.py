@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..hub import add_loading_lines
 from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
+from .epochs import SetEpoch
 from .models import head_parameters, save_label_names
 from .trouble import raise_if_not_finite
 
@@ -44,11 +45,12 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in eight ways: a loss that is not finite stops training; the loss is
+    It differs from `transformers.Trainer` in nine ways: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay
     of its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
-    of the classes (`id2label.json`); checkpoints of whole models are restored completely; and checkpoints hold the
-    state of callbacks that have a `state_dict`, and say when they are whole.
+    of the classes (`id2label.json`); checkpoints of whole models are restored completely; checkpoints hold the state
+    of callbacks that have a `state_dict`, and say when they are whole; and a data set with `set_epoch` is always told
+    the epoch.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -58,6 +60,8 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         smoothing = args.label_smoothing_factor
+        # First, because a callback may read training images at the start of an epoch.
+        kwargs["callbacks"] = [SetEpoch(), *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
 
     @staticmethod
