@@ -31,6 +31,7 @@ from hf_vpt.training import (
 )
 from hf_vpt.training.models import head_parameters
 from hf_vpt.tuners import METHODS
+from hf_vpt.tuners.bpt.whitening import WhiteningStatistics
 
 
 CLASSES = ["cat", "dog", "emu"]
@@ -187,6 +188,27 @@ def test_whitened_bases_are_estimated_before_training(settings):
     trainer.train()
     assert len(bases) == 2
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in bases.items())
+
+
+@pytest.mark.parametrize("num_images", [5, 12])
+def test_whitened_bases_come_from_as_many_training_images_as_the_settings_say(settings, monkeypatch, num_images):
+    counts = []
+    original = WhiteningStatistics.covariance
+
+    def record(self):
+        counts.append(self.num_images)
+        return original(self)
+
+    monkeypatch.setattr(WhiteningStatistics, "covariance", record)
+    options = ["--basis", "fwhiten", "--num_whitening_images", str(num_images), "--per_device_eval_batch_size", "4"]
+    build_trainer(settings("bpt", *options))
+    assert counts == [num_images] * 2
+
+
+@pytest.mark.parametrize("method", [*METHODS, "linear_probe"])
+def test_methods_that_need_no_images_before_training_read_none(settings, monkeypatch, method):
+    monkeypatch.setattr("hf_vpt.training.images.DataLoader", None)
+    build_trainer(settings(method))
 
 
 class RecordLearningRate(TrainerCallback):
@@ -420,7 +442,15 @@ class StopAtStep(TrainerCallback):
 
 def test_run_resumed_inside_an_epoch_sees_the_augmentations_of_an_uninterrupted_one(settings, tmp_path):
     # Regression: the loader works one batch ahead, so a random state that was saved inside an epoch did not fit.
-    options = "--augmentation affine --no_load_best_model_at_end --save_strategy steps --save_steps 4".split()
+    options = [
+        "--augmentation",
+        "affine",
+        "--no_load_best_model_at_end",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+    ]
     options += ["--prompt_dropout", "0.3", "--num_train_epochs", "3"]
     final = []
     for interrupted, workers in ((False, 0), (True, 0), (True, 2)):
