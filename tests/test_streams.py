@@ -48,6 +48,12 @@ def load(folder, tmp_path, **kwargs):
     return load_image_dataset(str(folder), cache_dir=str(tmp_path / "cache"), streaming=True, **kwargs)
 
 
+@pytest.fixture(autouse=True)
+def short_passes_end_at_once(monkeypatch):
+    # `datasets` waits five seconds after each pass over several parquet files, which is nothing in passes of hours.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+
+
 @pytest.fixture
 def transform():
     # Pixel values are grey values then, so that images can be told apart behind it.
@@ -156,7 +162,9 @@ def stream():
     return data.to_iterable_dataset(num_shards=3)
 
 
-@pytest.mark.parametrize(("num_workers", "context"), [(0, None), (2, "spawn"), (5, "fork")])
+@pytest.mark.parametrize(
+    ("num_workers", "context"), [(0, None), (5, "fork"), pytest.param(2, "spawn", marks=pytest.mark.slow)]
+)
 def test_no_image_is_lost_or_seen_twice_in_a_pass_with_any_number_of_workers(stream, transform, num_workers, context):
     images = StreamedImages(stream, transform, shuffle_buffer_size=8)
     loading = {"num_workers": num_workers, "multiprocessing_context": context}

@@ -90,3 +90,17 @@ def test_two_processes_reach_the_weights_of_one(config, tmp_path, method):
         assert any((block != index).any() for index, block in enumerate(blocks)), "no prompt has moved"
     for name, expected in weights[0].items():
         np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_stream_reach_the_weights_of_one(config, tmp_path):
+    options = ["--streaming", "--max_steps", "10", "--augmentation", "affine", "--shuffle_buffer_size", "10"]
+    options += ["--prompt_dropout", "0", "--optim", "sgd", "--no_load_best_model_at_end"]
+    one = train_classifier(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "one"), *options]))
+    printed, two = run(ACCELERATE, config, tmp_path / "two", *options, "--per_device_train_batch_size", "4")
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert "(step 10)" in printed
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, expected in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)

@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 # Parts of a data set that lies whole on the disk, so that as many workers can read it at once.
 MAX_SHARDS = 64
+# Images that are transformed together: image processors take several at less than half the time.
+CHUNK_SIZE = 32
 
 
 class StreamedImages(torch.utils.data.IterableDataset):
@@ -79,13 +81,14 @@ class StreamedImages(torch.utils.data.IterableDataset):
         epoch = self._epoch.get()
         while True:
             stream.set_epoch(epoch)
-            is_empty = True
-            for position, example in enumerate(stream):
-                is_empty = False
-                columns = {name: [value] for name, value in example.items()}
-                columns = self.transform(columns, [draw_seed(self.seed, epoch, worker_id, position)])
-                yield {name: values[0] for name, values in columns.items()}
-            if is_empty or not self.repeat:  # a worker without files would go round for ever
+            examples, position = iter(stream), 0
+            while chunk := list(islice(examples, CHUNK_SIZE)):
+                columns = {name: [example[name] for example in chunk] for name in chunk[0]}
+                seeds = [draw_seed(self.seed, epoch, worker_id, position + offset) for offset in range(len(chunk))]
+                columns = self.transform(columns, seeds)
+                yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
+                position += len(chunk)
+            if position == 0 or not self.repeat:  # a worker without files would go round for ever
                 return
             epoch += 1
 
