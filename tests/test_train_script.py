@@ -103,4 +103,4 @@ def test_two_processes_on_a_stream_reach_the_weights_of_one(config, tmp_path):
     weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
     for name, expected in weights[0].items():
         np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
-    assert two["test_loss"] == pytest.approx(one["test_loss"], rel=1e-4)
+    assert two["num_images"] == one["num_images"]
