@@ -14,6 +14,10 @@ A folder of images, one subfolder a class, and a backbone from the Hub, on all G
         --dataset_name path/to/images --augmentation crop_flip --learning_rate 1e-3 --num_train_epochs 50 \\
         --warmup_epochs 5 --bf16 --dataloader_num_workers 8 --output_dir outputs/images
 
+A data set too large to download, read from the Hub while training; such a run is counted in steps:
+
+    python scripts/train.py --method bpt --dataset_name user/name --streaming --max_steps 10000
+
 Go on after an interruption, or publish the result:
 
     python scripts/train.py --config configs/vapt/digits.yaml --resume_from_checkpoint last
@@ -29,9 +33,11 @@ def main() -> None:
     settings = parse_arguments()
     results = train_classifier(settings)
     if settings.training.process_index == 0:
+        epoch = results["best_epoch"]
+        when = f"step {results['best_step']}" if epoch is None else f"epoch {epoch:g}"
         print(
             f"Test accuracy {results['test_accuracy']:.4f}, validation accuracy "
-            f"{results['validation_accuracy']:.4f} (epoch {results['best_epoch']:g}), "
+            f"{results['validation_accuracy']:.4f} ({when}), "
             f"{results['trained_parameters']:,} trained parameters of which "
             f"{results['trained_parameters_without_head']:,} outside the head."
         )

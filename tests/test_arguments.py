@@ -112,6 +112,20 @@ def test_file_that_is_no_mapping_is_refused(write_config):
         parse_arguments(write_config("- vpt"))
 
 
+@pytest.mark.parametrize("name", ["shuffle_buffer_size", "num_held_out"])
+def test_sizes_of_a_stream_are_at_least_one(name):
+    with pytest.raises(ValueError, match=f"{name} is 0. It must be at least 1"):
+        parse_arguments([f"--{name}", "0"])
+
+
+def test_number_of_whitening_images_is_a_setting_of_bpt_alone():
+    assert parse_arguments(["--method", "bpt", "--num_whitening_images", "7"]).peft_config.num_whitening_images == 7
+    with pytest.raises(ValueError, match="num_whitening_images"):
+        parse_arguments(["--method", "bpt", "--num_whitening_images", "0"])
+    with pytest.raises(ValueError, match="method 'vpt' does not have.*is a setting of bpt"):
+        parse_arguments(["--method", "vpt", "--num_whitening_images", "7"])
+
+
 @pytest.mark.parametrize("line", ["augmentation: flop", "learning_rate: fast", "seed: 1.5"])
 def test_value_of_the_wrong_kind_in_the_file_is_refused(write_config, line, capsys):
     with pytest.raises(SystemExit):

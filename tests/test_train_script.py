@@ -72,7 +72,7 @@ def test_script_trains_with_python_and_options_override_the_file(config, tmp_pat
 def test_two_processes_reach_the_weights_of_one(config, tmp_path, method, scoring):
     # Adam would turn rounding errors of gradients near zero into whole steps, hence SGD.
     options = ["--method", method, "--prompt_dropout", "0", "--optim", "sgd", "--no_load_best_model_at_end"]
-    options += ["--num_train_epochs", "3"]
+    options += ["--num_train_epochs", "3", "--augmentation", "affine"]
     if method == "provpt":
         # Larger scores than the published one's, which the norm's eps all but cancels, so that rounding does not
         # decide what moves.
@@ -93,3 +93,17 @@ def test_two_processes_reach_the_weights_of_one(config, tmp_path, method, scorin
             assert [entry[name] for entry in rounds[0]] == [entry[name] for entry in rounds[1]]
     for name, expected in weights[0].items():
         np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_stream_reach_the_weights_of_one(config, tmp_path):
+    options = ["--streaming", "--max_steps", "10", "--augmentation", "affine", "--shuffle_buffer_size", "10"]
+    options += ["--prompt_dropout", "0", "--optim", "sgd", "--no_load_best_model_at_end"]
+    one = train_classifier(parse_arguments(["--config", str(config), "--output_dir", str(tmp_path / "one"), *options]))
+    printed, two = run(ACCELERATE, config, tmp_path / "two", *options, "--per_device_train_batch_size", "4")
+    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert "(step 10)" in printed
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for name, expected in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], expected, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert two["num_images"] == one["num_images"]

@@ -32,6 +32,7 @@ from hf_vpt.training import (
 )
 from hf_vpt.training.models import head_parameters
 from hf_vpt.tuners import METHODS
+from hf_vpt.tuners.bpt.whitening import WhiteningStatistics
 
 
 CLASSES = ["cat", "dog", "emu"]
@@ -188,6 +189,27 @@ def test_whitened_bases_are_estimated_before_training(settings):
     trainer.train()
     assert len(bases) == 2
     assert all(torch.equal(trainer.model.state_dict()[name], value) for name, value in bases.items())
+
+
+@pytest.mark.parametrize("num_images", [5, 12])
+def test_whitened_bases_come_from_as_many_training_images_as_the_settings_say(settings, monkeypatch, num_images):
+    counts = []
+    original = WhiteningStatistics.covariance
+
+    def record(self):
+        counts.append(self.num_images)
+        return original(self)
+
+    monkeypatch.setattr(WhiteningStatistics, "covariance", record)
+    options = ["--basis", "fwhiten", "--num_whitening_images", str(num_images), "--per_device_eval_batch_size", "4"]
+    build_trainer(settings("bpt", *options))
+    assert counts == [num_images] * 2
+
+
+@pytest.mark.parametrize("method", [*METHODS, "linear_probe"])
+def test_methods_that_need_no_images_before_training_read_none(settings, monkeypatch, method):
+    monkeypatch.setattr("hf_vpt.training.images.DataLoader", None)
+    build_trainer(settings(method))
 
 
 class RecordLearningRate(TrainerCallback):
@@ -417,6 +439,90 @@ class StopAfterFirstEpoch(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_training_stop = True
+
+
+class StopAtStep(TrainerCallback):
+    """End training at a step, as a kill after the checkpoint of that step would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def test_run_resumed_inside_an_epoch_sees_the_augmentations_of_an_uninterrupted_one(settings, tmp_path):
+    # Regression: the loader works one batch ahead, so a random state that was saved inside an epoch did not fit.
+    options = [
+        "--augmentation",
+        "affine",
+        "--no_load_best_model_at_end",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+    ]
+    options += ["--prompt_dropout", "0.3", "--num_train_epochs", "3"]
+    final = []
+    for interrupted, workers in ((False, 0), (True, 0), (True, 2)):
+        folder = tmp_path / f"run{len(final)}"
+        own = [*options, "--output_dir", str(folder), "--dataloader_num_workers", str(workers)]
+        if interrupted:
+            trainer, _ = build_trainer(settings("vpt", *own))
+            trainer.add_callback(StopAtStep(4))  # three steps an epoch
+            trainer.train()
+            own += ["--resume_from_checkpoint", "last"]
+        train_classifier(settings("vpt", *own))
+        final.append((folder / "adapter_model.safetensors").read_bytes())
+    assert final[1] == final[0]
+    assert final[2] == final[0], "with workers"
+
+
+class ImagesWithEpoch(torch.utils.data.Dataset):
+    """Images that know the epoch."""
+
+    def __init__(self):
+        self.images, self.epoch = tensors(), None
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class ReadImagesBeforeEachEpoch(TrainerCallback):
+    """Note the epoch in which images are read, by this callback and by training, and the order of the images."""
+
+    def __init__(self, data):
+        self.data, self.before, self.steps, self.order = data, [], [], []
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.order.append([batch["labels"].tolist() for batch in train_dataloader])
+        self.before.append(self.data.epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(self.data.epoch)
+
+
+def test_images_are_told_the_epoch_before_other_callbacks_read_them_also_when_resumed(lora_model, tmp_path):
+    seen = []
+    for resumed in (False, True):
+        data = ImagesWithEpoch()
+        callback = ReadImagesBeforeEachEpoch(data)
+        steps = {"save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "num_train_epochs": 4}
+        steps["save_total_limit"] = None
+        trainer = make_trainer(lora_model, tmp_path / "out", train=data, callbacks=[callback], **steps)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3") if resumed else None)
+        seen.append(callback)
+    first, again = seen
+    assert (first.before, first.steps) == ([0, 1, 2, 3], [0, 0, 1, 1, 2, 2, 3, 3])
+    # Of the second epoch one step was left.
+    assert (again.before, again.steps) == ([1, 2, 3], [1, 2, 2, 3, 3])
+    assert again.order == first.order[1:]
 
 
 def test_resuming_without_a_checkpoint_is_an_error_that_names_the_folder(settings):

@@ -1,7 +1,16 @@
 """Labelled image data sets and the way from an image to pixel values."""
 
+from .augmented import AugmentedImages
 from .datasets import load_image_dataset
 from .processing import ImageTransform, collate_images, convert_to_rgb
+from .streams import StreamedImages
 
 
-__all__ = ["ImageTransform", "collate_images", "convert_to_rgb", "load_image_dataset"]
+__all__ = [
+    "AugmentedImages",
+    "ImageTransform",
+    "StreamedImages",
+    "collate_images",
+    "convert_to_rgb",
+    "load_image_dataset",
+]

@@ -6,8 +6,21 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from transformers.utils import logging
+
+from .streams import complete_streams, is_listed, to_stream
 
 
 logger = logging.get_logger(__name__)
@@ -34,7 +47,9 @@ def load_image_dataset(
     test_fraction: float = 0.2,
     seed: int = 0,
     cache_dir: str | None = None,
-) -> DatasetDict:
+    streaming: bool = False,
+    num_held_out: int = 1000,
+) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Load images and their classes, ready to train on, choose with, and test on.
 
     The three splits of the result are disjoint in purpose: `train` fits parameters, `validation` chooses (epochs,
@@ -50,6 +65,11 @@ def load_image_dataset(
     A published test split without labels (all of them -1) counts as not published. Drawn splits are stratified by
     class and depend on `seed` only.
 
+    With `streaming`, images are read when they are needed and nothing is downloaded or converted first. Folders of
+    image files are listed, and they and other data sets on the disk are split as above. In parquet files and on the
+    Hub, where nobody has counted images or classes, splits that are not published get `num_held_out` images each,
+    drawn near the start of the training split; these, and copies of them, are passed over in training.
+
     Args:
         name: `"digits"` (packaged, offline), a folder (images in one subfolder a class, with or without
             train/validation/test folders above them; parquet files; or what `save_to_disk` wrote), or the id of a data
@@ -64,14 +84,20 @@ def load_image_dataset(
         seed: Decides which images go to the drawn splits. Unrelated to the seed of training, so that runs that differ
             in their training seed see the same images.
         cache_dir: Folder for what is downloaded and converted. Default: the one of `datasets`.
+        streaming: Return streams, for data sets that are too large to download or convert.
+        num_held_out: Images of a stream that become the validation or test split where it publishes none, at least 1.
+            They are kept in memory, encoded.
 
     Returns:
         Splits `train`, `validation` and `test`, each with the columns `image` (`Image`) and `label` (`ClassLabel`, the
-        same names in every split).
+        same names in every split). With `streaming` the train split is an `IterableDataset`, and so are the others if
+        they are published as streams; images of streams are not decoded (`Image(decode=False)`), so that shuffling
+        holds them as files. `StreamedImages` and `ImageTransform` decode them.
 
     Raises:
         FileNotFoundError: `name` is written like a path, and there is no such folder.
-        ValueError: There is no train split, columns are missing or ambiguous, or a class is too small to be split.
+        ValueError: There is no train split, columns are missing or ambiguous, a class is too small to be split, or a
+            stream does not know its columns and classes.
 
     Example:
         >>> digits = load_image_dataset("digits")
@@ -84,9 +110,16 @@ def load_image_dataset(
                 f"{argument} is {fraction}. A share of the training images between 0 and 1, both excluded, is needed: "
                 "pass for example 0.2."
             )
-    raw = _load(name, config_name, revision, cache_dir, seed)
+    if num_held_out < 1:
+        raise ValueError(f"num_held_out is {num_held_out}. At least 1 image is needed: pass for example 1000.")
+    raw = _load(name, config_name, revision, cache_dir, seed, streaming)
     splits = _rename_splits(raw, name)
     features = splits["train"].features
+    if features is None:
+        raise ValueError(
+            f"Data set '{name}' does not say which columns it streams. Types of columns and names of classes are "
+            "needed before the first image is read: save it as parquet with `datasets`, or leave streaming out."
+        )
     image_column = image_column or _find_image_column(features, name)
     label_column = label_column or _find_label_column(features, image_column, name)
     for column in (image_column, label_column):
@@ -95,7 +128,7 @@ def load_image_dataset(
                 f"Data set '{name}' has no column '{column}'; it has {_describe(features)}. Both image_column and "
                 "label_column must name existing columns: correct the name, or leave it out to have it found."
             )
-    splits = DatasetDict(
+    splits = type(splits)(
         {
             split: data.select_columns([image_column, label_column]).rename_columns(
                 {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
@@ -103,13 +136,18 @@ def load_image_dataset(
             for split, data in splits.items()
         }
     )
+    if isinstance(splits, IterableDatasetDict):
+        return complete_streams(splits, num_held_out, seed, name)
     if not isinstance(splits["train"].features["image"], Image):
         splits = splits.cast_column("image", Image())
     splits = _drop_unlabelled(_encode_labels(splits), name)
-    return _complete_splits(splits, validation_fraction, test_fraction, seed, name)
+    splits = _complete_splits(splits, validation_fraction, test_fraction, seed, name)
+    return {**splits, "train": to_stream(splits["train"], seed)} if streaming else splits
 
 
-def _load(name: str, config_name: str | None, revision: str | None, cache_dir: str | None, seed: int) -> DatasetDict:
+def _load(
+    name: str, config_name: str | None, revision: str | None, cache_dir: str | None, seed: int, streaming: bool
+) -> DatasetDict | IterableDatasetDict:
     if name == "digits":
         from .digits import load_digits
 
@@ -118,18 +156,20 @@ def _load(name: str, config_name: str | None, revision: str | None, cache_dir: s
     if folder.is_dir():
         if (folder / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
             return load_from_disk(folder)
-        return load_dataset(str(folder), config_name, cache_dir=cache_dir)
+        # A folder of image files is listed, not streamed: a stream of it has one class after the other.
+        streaming = streaming and not is_listed(load_dataset_builder(str(folder), config_name, cache_dir=cache_dir))
+        return load_dataset(str(folder), config_name, cache_dir=cache_dir, streaming=streaming)
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(
             f"There is no folder '{name}'. A data set is 'digits', an existing folder, or an id on the Hub such as "
             "'user/name': correct the path."
         )
-    return load_dataset(name, config_name, revision=revision, cache_dir=cache_dir)
+    return load_dataset(name, config_name, revision=revision, cache_dir=cache_dir, streaming=streaming)
 
 
-def _rename_splits(raw: DatasetDict, name: str) -> DatasetDict:
+def _rename_splits(raw: DatasetDict | IterableDatasetDict, name: str) -> DatasetDict | IterableDatasetDict:
     known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
-    splits = DatasetDict({known[split]: data for split, data in raw.items() if split in known})
+    splits = type(raw)({known[split]: data for split, data in raw.items() if split in known})
     if ignored := sorted(set(raw) - set(known)):
         logger.warning(f"Data set '{name}': the splits {ignored} are not used.")
     if "train" not in splits:

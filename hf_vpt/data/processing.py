@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from datasets import Image as ImageFeature
 from PIL import Image
 from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
@@ -100,19 +101,38 @@ class ImageTransform:
                 ]
             self.augment = v2.Compose(steps)
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        """Map images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers."""
-        images = [convert_to_rgb(image) for image in batch[self.image_column]]
+    def __call__(self, batch: Mapping[str, Sequence[Any]], seeds: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """Map images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers.
+
+        Args:
+            batch: Columns of images, as Pillow images or as `Image(decode=False)` of `datasets` holds them, and
+                classes.
+            seeds: One for each image, which alone decides how that image is augmented. Default: PyTorch's global
+                random state decides, and moves on.
+        """
+        images = [convert_to_rgb(_decode(image)) for image in batch[self.image_column]]
         if self.augment is None:
             processed = self.processor(images)
         else:
             # Augmented images have the final size already; rescaling and normalisation stay the processor's.
-            images = [self.augment(image) for image in images]
+            images = [self._augment(image, seed) for image, seed in zip(images, seeds or [None] * len(images))]
             processed = self.processor(images, do_resize=False, do_center_crop=False)
         columns = {"pixel_values": [torch.as_tensor(pixels) for pixels in processed["pixel_values"]]}
         if self.label_column in batch:
             columns["labels"] = list(batch[self.label_column])
         return columns
+
+    def _augment(self, image: Image.Image, seed: int | None) -> Image.Image:
+        if seed is None:
+            return self.augment(image)
+        with torch.random.fork_rng(devices=[]):
+            # Not `torch.manual_seed`, which would seed the generators of all accelerators, and those are not restored.
+            torch.default_generator.manual_seed(seed)
+            return self.augment(image)
+
+
+def _decode(image: Image.Image | Mapping[str, Any]) -> Image.Image:
+    return ImageFeature().decode_example(image) if isinstance(image, Mapping) else image
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -62,6 +62,10 @@ class DataArguments:
             their splits.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
+        streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
+            then counted in steps: it needs `max_steps`.
+        shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
+        num_held_out: Images that become the validation or test split where a stream publishes none.
     """
 
     _argument_group_name = "data"
@@ -75,6 +79,14 @@ class DataArguments:
     test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
+    streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
+    shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
+    num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
+
+    def __post_init__(self):
+        for name in ("shuffle_buffer_size", "num_held_out"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
 
 
 @dataclass

@@ -9,15 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader
 from transformers import TrainerState, enable_full_determinism, set_seed
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..data import ImageTransform, collate_images, load_image_dataset
-from ..tuners.bpt import initialize_whitening
-from .arguments import TrainingArguments
+from ..data import collate_images, load_image_dataset
 from .checkpoints import find_checkpoints, is_complete
+from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
@@ -30,8 +28,6 @@ logger = logging.get_logger(__name__)
 
 METRICS_FILE = "metrics.json"
 TIMINGS_FILE = "timings.json"
-# Images from which BPT estimates its whitened bases, as many as in the paper (arXiv 2506.22908).
-NUM_WHITENING_IMAGES = 100
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -52,8 +48,9 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
         settings: What `parse_arguments` returns.
 
     Returns:
-        What `metrics.json` holds: scores on both splits, the epoch they belong to, numbers of trained parameters,
-        seed, settings and versions. All of it is the same for a run that was interrupted and went on.
+        What `metrics.json` holds: scores on both splits, the epoch and step they belong to, numbers of trained
+        parameters, seed, settings and versions. All of it is the same for a run that was interrupted and went on.
+        Epochs, and numbers of images that nobody has counted, are None where images are streamed.
     """
     trainer, data = build_trainer(settings)
     start = time.process_time()
@@ -63,17 +60,20 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
 
+    best_is_loaded, is_stream = settings.training.load_best_model_at_end, settings.data.streaming
     results = {
         **{name: value for name, value in {**test, **validation}.items() if "accuracy" in name or "loss" in name},
-        "best_epoch": _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end),
+        "best_epoch": None if is_stream else _epoch_of_weights(trainer.state, best_is_loaded),
+        "best_step": trainer.state.best_global_step if best_is_loaded else trainer.state.global_step,
         **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
         "dataset_name": settings.data.dataset_name,
-        "num_images": {split: len(images) for split, images in data.items()},
+        "num_images": {split: len(images) if has_length(images) else None for split, images in data.items()},
         "label_names": data["train"].features["label"].names,
         "seed": settings.training.seed,
-        "num_train_epochs": settings.training.num_train_epochs,
+        "num_train_epochs": None if is_stream else settings.training.num_train_epochs,
+        "max_steps": trainer.state.max_steps,
         "num_processes": settings.training.world_size,
         "global_batch_size": settings.training.global_batch_size,
         "versions": {package: metadata.version(package) for package in RECORDED_VERSIONS}
@@ -92,7 +92,7 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, DatasetDict]:
+def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[str, Any]]:
     """Load data and backbone, and put them together to a trainer that has not trained yet.
 
     Args:
@@ -102,6 +102,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
         The trainer, and the three splits with their transforms.
     """
     model_args, data_args, training_args, peft_config = settings
+    if data_args.streaming:
+        count_in_steps(training_args, peft_config)
     # The head and the prompts are drawn before Trainer sets the seed.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
     with training_args.main_process_first(desc="load the data set"):
@@ -114,6 +116,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
             validation_fraction=data_args.validation_fraction,
             test_fraction=data_args.test_fraction,
             seed=data_args.split_seed,
+            streaming=data_args.streaming,
+            num_held_out=data_args.num_held_out,
         )
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(
@@ -131,11 +135,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
     model = load_classifier(model_args, data["train"].features["label"].names)
     model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 
-    plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
-    whitening_images = data["train"].with_transform(plain)
-    data = DatasetDict(
-        {split: images.with_transform(augmented if split == "train" else plain) for split, images in data.items()}
-    )
+    data = prepare_images(data, processor, data_args, training_args)
     trainer = ImageClassificationTrainer(
         model=model,
         args=training_args,
@@ -151,15 +151,9 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
     if model_args.method == "provpt":
         trainer.add_callback(RelocationCallback(trainer))
     # After the trainer has moved the model to its device.
-    if model_args.method == "bpt" and peft_config.basis != "bilinear":
-        initialize_whitening(model, _whitening_batches(whitening_images, training_args), NUM_WHITENING_IMAGES)
+    if peft_config is not None:
+        model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
     return trainer, data
-
-
-def _whitening_batches(images: Dataset, training_args: TrainingArguments) -> DataLoader:
-    """Return batches of a seeded sample of training images, the same ones in every process."""
-    sample = images.shuffle(seed=training_args.seed).select(range(min(NUM_WHITENING_IMAGES, len(images))))
-    return DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 
 def _checkpoint_to_resume(settings: Settings) -> str | None:

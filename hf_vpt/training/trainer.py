@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..hub import add_loading_lines
 from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
+from .epochs import SetEpoch
 from .mixing import make_mixer
 from .models import save_label_names
 from .optimizer import group_by_role
@@ -52,13 +53,13 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in eleven ways: a loss that is not finite stops training; the loss is
+    It differs from `transformers.Trainer` in twelve ways: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; head and normalisation layers may have learning
     rates and weight decays of their own; schedules may change once an epoch; images may be mixed while training
     (mixup, CutMix); averaged weights (`ema_decay`) are scored and saved beside the last ones; of several equally good
     epochs the last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`);
-    checkpoints of whole models are restored completely; and checkpoints hold the state of callbacks that have a
-    `state_dict`, and say when they are whole.
+    checkpoints of whole models are restored completely; checkpoints hold the state of callbacks that have a
+    `state_dict`, and say when they are whole; and a data set with `set_epoch` is always told the epoch.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -68,6 +69,8 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         smoothing = args.label_smoothing_factor
+        # First, because a callback may read training images at the start of an epoch.
+        kwargs["callbacks"] = [SetEpoch(), *(kwargs.get("callbacks") or [])]
         super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
         self.mixer = make_mixer(args.mixup_alpha, args.cutmix_alpha, self.model.config.num_labels)
         self.ema = None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 
 def raise_if_not_finite(loss: torch.Tensor, step: int, learning_rate: float, dtype: torch.dtype) -> None:
@@ -44,7 +45,8 @@ class PlateauWarning(TrainerCallback):
 
     Args:
         num_classes: Number of classes.
-        patience: Epochs in a row, at least 1, after which to warn.
+        patience: Epochs in a row, at least 1, after which to warn; in a run whose length and evaluations are counted
+            in steps, evaluations.
         tolerance: How far below ln(number of classes), as a fraction of it, still counts as guessing.
     """
 
@@ -70,7 +72,14 @@ class PlateauWarning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Here, not at the end of an epoch, where its last loss has not been logged yet.
-        self._count(args)
+        if not _counts_steps(args):
+            self._count(args)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if _counts_steps(args):
+            self._count(args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -84,7 +93,7 @@ class PlateauWarning(TrainerCallback):
         self._losses, self._stuck = list(state["losses"]), state["stuck"]
 
     def _count(self, args: TrainingArguments) -> None:
-        """Looks at the losses of the epoch that has ended."""
+        """Looks at the losses of the epoch, or since the evaluation before, that has ended."""
         if not self._losses:
             return
         # The smallest one: the mean of an epoch that has begun to learn may still be that of guessing.
@@ -92,10 +101,16 @@ class PlateauWarning(TrainerCallback):
         self._losses.clear()
         self._stuck = 0 if learned else self._stuck + 1
         if self._stuck == self.patience:
+            unit = "evaluations" if _counts_steps(args) else "epochs"
             warnings.warn(
-                f"Found a training loss at that of guessing, {self.guessing:.3f}, for {self.patience} epochs. Prompts "
+                f"Found a training loss at that of guessing, {self.guessing:.3f}, for {self.patience} {unit}. Prompts "
                 f"that learn fall below it within a few. Try other learning rates than {args.learning_rate:g} (a "
                 "tenth, ten times: prompts are sensitive to it), a longer warm-up (warmup_epochs), another seed, or "
                 "fewer prompts (num_virtual_tokens).",
                 stacklevel=2,
             )
+
+
+def _counts_steps(args: TrainingArguments) -> bool:
+    """Whether a run may be one long epoch, as on a stream."""
+    return args.max_steps > 0 and args.eval_strategy == IntervalStrategy.STEPS

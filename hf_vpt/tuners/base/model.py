@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -157,6 +157,15 @@ class PromptTuner(BaseTuner):
 
     def check_backbone(self, config: PromptConfig, backbone: Backbone) -> None:
         """Raises `ValueError` if a method cannot work with a backbone; fills what the config needs of it."""
+
+    def initialize_from_images(self, batches: Iterable[Mapping[str, Any]], adapter_name: str | None = None) -> None:
+        """Starts an adapter from training images, for methods that do so; to be called once before training.
+
+        Args:
+            batches: Batches as the model takes them, in random order. No more are read than the method needs; labels
+                are not used.
+            adapter_name: The adapter; the active one if None.
+        """
 
     @classmethod
     def make_all_prompts(cls, config: PromptConfig) -> dict[int, Prompts]:

@@ -26,7 +26,9 @@ class BPTConfig(PromptConfig):
             N adds numbers to tune, but no rank.
         basis: `"bilinear"` learns F and W, W from Xavier's uniform distribution. `"fwhiten"` keeps W fixed at the
             whitening matrix of the block, `"twhiten"` starts there and learns it: for both, call
-            `hf_vpt.initialize_whitening(model, dataloader)` once before training.
+            `hf_vpt.initialize_whitening(model, dataloader)` once before training; `scripts/train.py` does.
+        num_whitening_images: Training images from which a whitened basis is estimated in `scripts/train.py`, at least
+            1; published: 100.
 
     F starts normal with standard deviation 0.02. See `PromptConfig` for the other arguments.
 
@@ -43,10 +45,12 @@ class BPTConfig(PromptConfig):
     num_virtual_tokens: int = field(default=50, metadata={"help": "Number of prompts in a block."})
     rank: int = field(default=50, metadata={"help": "Rank of the prompts of a block."})
     basis: Basis = field(default="bilinear", metadata={"help": "Learned, fixed whitened, or trained whitened basis."})
+    num_whitening_images: int = field(default=100, metadata={"help": "Images that a whitened basis comes from."})
 
     def __post_init__(self):
         super().__post_init__()
         self.check_int("rank", low=1)
+        self.check_int("num_whitening_images", low=1)
         self.check_choice("basis", get_args(Basis))
         if self.token_dim is not None:
             self.check_rank(self.token_dim)

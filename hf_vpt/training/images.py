@@ -1,0 +1,110 @@
+"""What a run reads: images of every split made ready for a data loader, whole or as a stream."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch.utils.data import DataLoader
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
+
+from ..data import AugmentedImages, ImageTransform, StreamedImages, collate_images
+from ..tuners.provpt import PROVPTConfig
+from .arguments import DataArguments, TrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+# Into how many parts a run on a stream is divided by evaluations, where nothing is said.
+EVALUATIONS_OF_A_STREAM = 10
+
+
+def prepare_images(
+    splits: dict[str, Dataset | IterableDataset],
+    processor: BaseImageProcessor,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> dict[str, AugmentedImages | StreamedImages | Dataset]:
+    """Give every split its transform, and the training images order and augmentation that depend on the seed alone.
+
+    Args:
+        splits: What `load_image_dataset` returns.
+        processor: The backbone's image processor.
+        data_args: Augmentation and shuffling.
+        training_args: The seed.
+    """
+    plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
+    seed = training_args.seed
+    prepared = {}
+    for split, images in splits.items():
+        if split == "train" and isinstance(images, IterableDataset):
+            prepared[split] = StreamedImages(images, augmented, seed, data_args.shuffle_buffer_size, repeat=True)
+        elif split == "train":
+            prepared[split] = AugmentedImages(images, augmented, seed)
+        elif isinstance(images, IterableDataset):
+            prepared[split] = StreamedImages(images, plain)
+        else:
+            prepared[split] = images.with_transform(plain)
+    return prepared
+
+
+def sample_batches(
+    images: AugmentedImages | StreamedImages, processor: BaseImageProcessor, training_args: TrainingArguments
+) -> Iterator[dict[str, Any]]:
+    """Go through training images without augmentation in a seeded order, the same one in every process.
+
+    Nothing is read before the first batch is asked for.
+    """
+    plain = ImageTransform(processor)
+    if isinstance(images, StreamedImages):
+        sample = StreamedImages(images.stream, plain)
+    else:
+        sample = images.images.shuffle(seed=training_args.seed).with_transform(plain)
+    yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
+
+
+def count_in_steps(training_args: TrainingArguments, peft_config: PeftConfig | None) -> None:
+    """Make settings fit a run on a stream, which has steps and no epochs. They are changed in place.
+
+    What was to happen each epoch, the default, happens ten times in the run, or each `eval_steps` if that is given.
+
+    Raises:
+        ValueError: `max_steps` is missing, or prompts are to move between epochs.
+    """
+    if training_args.max_steps <= 0:
+        raise ValueError(
+            f"Found streaming and max_steps of {training_args.max_steps}. Nobody has counted the images of a stream, "
+            "so the length of a run is needed in optimizer steps: pass for example --max_steps 1000 "
+            "(num_train_epochs has no meaning then), and warmup_steps for a warm-up."
+        )
+    if isinstance(peft_config, PROVPTConfig) and peft_config.relocation_steps is None:
+        raise ValueError(
+            "Found streaming and PRO-VPT without relocation_steps. Its prompts move between epochs, and a stream is one "
+            "long epoch: say after how many steps they should move, with scores from training itself, for example "
+            "--scoring online --relocation_steps 100."
+        )
+    evaluates, saves = training_args.eval_strategy, training_args.save_strategy
+    interval = training_args.eval_steps
+    if not interval and saves == SaveStrategy.STEPS:
+        interval = training_args.save_steps
+    interval = interval or math.ceil(training_args.max_steps / EVALUATIONS_OF_A_STREAM)
+    changed = {}
+    if evaluates == IntervalStrategy.EPOCH:
+        training_args.eval_strategy = IntervalStrategy.STEPS
+        changed["eval_steps"] = interval
+    if saves == SaveStrategy.EPOCH:
+        training_args.save_strategy = SaveStrategy.STEPS
+        changed["save_steps"] = interval
+    if training_args.logging_strategy == IntervalStrategy.EPOCH:
+        training_args.logging_strategy = IntervalStrategy.STEPS
+        changed["logging_steps"] = interval
+    for name, value in changed.items():
+        setattr(training_args, name, value)
+    if changed:
+        words = ", ".join(f"{name} {value:g}" for name, value in changed.items())
+        logger.warning(f"A stream has no epochs; what was to be done after each is counted in steps: {words}.")
