@@ -25,7 +25,10 @@ from hf_vpt.tuners import METHODS
 
 
 CLASSES = ["cat", "dog", "emu"]
-METHOD_OPTIONS = {"bpt": ["--rank", "8", "--basis", "fwhiten", "--num_whitening_images", "9"], "vpt": []}
+METHOD_OPTIONS = {
+    "bpt": ["--rank", "8", "--basis", "fwhiten", "--num_whitening_images", "9"],
+    "provpt": ["--scoring", "online", "--relocation_steps", "3", "--allocation", "random"],
+}
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +98,8 @@ def test_run_on_a_stream_learns_and_says_what_it_did(settings, tmp_path, method,
     assert results["best_step"] in range(9, 91, 9)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_run_on_a_stream_ends_where_an_uninterrupted_one_ends(settings, tmp_path, num_workers):
+@pytest.mark.parametrize(("method", "num_workers"), [("vpt", 0), ("vpt", 2), ("provpt", 0)])
+def test_resumed_run_on_a_stream_ends_where_an_uninterrupted_one_ends(settings, tmp_path, method, num_workers):
     final = []
     for interrupted in (False, True):
         folder = tmp_path / f"interrupted_{interrupted}"
@@ -104,11 +107,11 @@ def test_resumed_run_on_a_stream_ends_where_an_uninterrupted_one_ends(settings, 
         options += ["--dataloader_num_workers", str(num_workers), "--gradient_accumulation_steps", "2"]
         steps = ["--max_steps", "12", "--eval_steps", "7"]
         if interrupted:
-            trainer, _ = build_trainer(settings("vpt", *options, steps=steps))
+            trainer, _ = build_trainer(settings(method, *options, steps=steps))
             trainer.add_callback(StopAtStep(7))  # 112 images, in the fourth pass over 32
             trainer.train()
             options += ["--resume_from_checkpoint", "last"]
-        train_classifier(settings("vpt", *options, steps=steps))
+        train_classifier(settings(method, *options, steps=steps))
         final.append((folder / "adapter_model.safetensors").read_bytes())
     assert final[0] == final[1]
 
@@ -133,8 +136,9 @@ def test_warm_up_in_epochs_is_refused_with_the_setting_to_use(settings):
         settings("vpt", "--warmup_epochs", "1")
 
 
-def test_method_that_works_between_epochs_is_refused(settings):
-    with pytest.raises(ValueError, match="'provpt'.*before each epoch.*leave streaming out"):
+def test_prompts_that_move_between_epochs_are_refused_with_the_setting_that_counts_steps(settings, monkeypatch):
+    monkeypatch.setitem(METHOD_OPTIONS, "provpt", [])
+    with pytest.raises(ValueError, match="PRO-VPT without relocation_steps.*--scoring online --relocation_steps 100"):
         build_trainer(settings("provpt"))
 
 

@@ -84,8 +84,8 @@ def count_in_steps(training_args: TrainingArguments, peft_config: PeftConfig | N
         )
     if isinstance(peft_config, PROVPTConfig) and peft_config.relocation_steps is None:
         raise ValueError(
-            "Found streaming and PRO-VPT without relocation_steps. Its prompts move between epochs, and a stream is one "
-            "long epoch: say after how many steps they should move, with scores from training itself, for example "
+            "Found streaming and PRO-VPT without relocation_steps. Its prompts move between epochs, and a stream is "
+            "one long epoch: say after how many steps they should move, with scores from training itself, for example "
             "--scoring online --relocation_steps 100."
         )
     evaluates, saves = training_args.eval_strategy, training_args.save_strategy
