@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..hub import add_loading_lines
 from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .models import head_parameters, save_label_names
+from .sharding import names_in_optimizer, replace_in_optimizer, shard_blocks
 from .trouble import raise_if_not_finite
 
 
@@ -74,10 +75,20 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
+        if is_new and self.is_fsdp_enabled:
+            shard_blocks(self.model, self.accelerator)
         optimizer = super().create_optimizer(model)
         if is_new and (self.args.head_learning_rate is not None or self.args.head_weight_decay is not None):
             self._give_head_its_own_groups(optimizer)
+        if is_new and self.is_fsdp_enabled:
+            self._names_in_optimizer = names_in_optimizer(optimizer, self.model)
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        # The first thing that Trainer does once Accelerate has prepared the optimizer.
+        if self.is_fsdp_enabled:
+            replace_in_optimizer(self.optimizer, self.model, self._names_in_optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _give_head_its_own_groups(self, optimizer: torch.optim.Optimizer) -> None:
         model = self.accelerator.unwrap_model(self.model)
