@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel, reduce
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,7 +32,10 @@ class RelocationCallback(TrainerCallback):
         tuner = extract_model_from_parallel(model).base_model
         # Prompt dropout is on, as while training: the scores are those of the loss that is trained on.
         tuner.train()
-        scores = tuner.score_prompts(train_dataloader)
+        if isinstance(model, FSDPModule):
+            model.unshard()  # the head, whose gradients count: those of its shares are not in the graph
+        # By way of the whole model, for which FSDP gathers the parameters.
+        scores = tuner.score_prompts(train_dataloader, compute_loss=lambda _, batch: model(**batch).loss)
         if args.world_size > 1:
             # Each process has seen its share of the data. All get the same scores, so all move the same prompt to the
             # same block: the policies start from one seed.

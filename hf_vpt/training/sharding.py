@@ -17,8 +17,8 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
 
     A block is gathered while it runs. The whole of it is the unit, because its norm and projections also run on the
     prompts, before the frozen block does. The prompts of all blocks are one unit, gathered once in a step: a block may
-    use what is stored in another one (a projection or projector that blocks share, a prompt that has moved). Embeddings
-    and head are left to the root.
+    use what is stored in another one (a projection or projector that blocks share, a prompt that has moved). The head
+    and the embeddings are left to the root.
 
     Models of families without a record are left to Accelerate's own policy.
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..base import PromptedBlock
 from .allocation import AllocationPolicy, policy_state
@@ -159,7 +160,9 @@ class ScoreRecorder:
             return (gradient * prompts).sum(dim=(0, 2))
         variance = prompts.var(dim=-1, correction=0, keepdim=True)
         normalised = (prompts - prompts.mean(dim=-1, keepdim=True)) * (variance + norm.eps).rsqrt()
-        inner = (gradient * norm.weight.cpu().double() * normalised).sum(dim=-1)
+        # Of FSDP's shares each process has its own.
+        weight = norm.weight.full_tensor() if isinstance(norm.weight, DTensor) else norm.weight
+        inner = (gradient * weight.cpu().double() * normalised).sum(dim=-1)
         return (inner * (norm.eps / (variance[..., 0] + norm.eps))).sum(dim=0)
 
     def result(self) -> PromptScores:
