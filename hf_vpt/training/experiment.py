@@ -21,6 +21,7 @@ from .checkpoints import find_checkpoints, is_complete
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
+from .sharding import gathered
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -140,9 +141,16 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
         compute_metrics=ComputeMetrics(),
         callbacks=_callbacks(model_args.method, training_args, data["train"].features["label"].num_classes),
     )
+    if model_args.method == "provpt" and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Found PRO-VPT and DeepSpeed, whose optimizer keeps weights of its own, which a prompt that moves does not "
+            "change. PRO-VPT needs one process, DDP or FSDP2. Launch it with configs/accelerate/ddp.yaml or "
+            "configs/accelerate/fsdp2.yaml."
+        )
     # After the trainer has moved the model to its device.
     if model_args.method == "bpt" and peft_config.basis != "bilinear":
-        initialize_whitening(model, _whitening_batches(whitening_images, training_args), NUM_WHITENING_IMAGES)
+        with gathered(model):
+            initialize_whitening(model, _whitening_batches(whitening_images, training_args), NUM_WHITENING_IMAGES)
     return trainer, data
 
 

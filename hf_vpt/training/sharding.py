@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..backbones import BACKBONES, find_backbone
 from ..tuners.base import Prompts
@@ -77,3 +80,12 @@ def replace_in_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, nam
     parameters = dict(model.named_parameters())
     for group, members in zip(optimizer.param_groups, names, strict=True):
         group["params"] = [parameters[name] for name in members]
+
+
+def gathered(model: nn.Module) -> AbstractContextManager:
+    """Within it a model can run before training has begun, although DeepSpeed (ZeRO-3) loads it in shares."""
+    if not is_deepspeed_zero3_enabled():
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
