@@ -14,7 +14,14 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
 from train_many import train_many
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
 
 import hf_vpt  # noqa: F401 (tells PEFT about the methods)
 from hf_vpt.training import experiment, parse_arguments
@@ -39,6 +46,8 @@ CASES = {
     "provpt": "--method provpt --num_virtual_tokens 3 --prompt_dropout 0 --score_clip 1e9 --score attention",
     "bpt": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4",
     "bpt_whitened": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4 --basis twhiten",
+    # What flows beside the tokens is no output of a block, which is what FSDP looks at.
+    "swin_shallow": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --deep false --model_name_or_path SWIN",
     "linear_probe": "--method linear_probe",
 }
 WITHOUT_CHECKPOINTS = "--save_strategy no --eval_strategy no --no_load_best_model_at_end"
@@ -60,7 +69,12 @@ def common(tmp_path_factory):
         initializer_range=0.2,
     )
     ViTForImageClassification(vit).save_pretrained(folder / "backbone")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "backbone")
+    swin = SwinConfig(
+        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2, mlp_ratio=2.0, image_size=16, patch_size=2
+    )
+    SwinForImageClassification(swin).save_pretrained(folder / "swin")
+    for name in ("backbone", "swin"):
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / name)
     for name, grey in (("black", 0), ("white", 225)):
         (folder / "images" / name).mkdir(parents=True)
         # 25 images a class leave 32 for training: batches of 8 come out even, so two processes pad nothing.
@@ -82,7 +96,11 @@ def lines(common, folder, batch_size):
     words["begun"] = f"{BEGUN} --output_dir {folder}/resumed --num_train_epochs 1"
     words["resumed"] = f"{BEGUN} --output_dir {folder}/resumed --resume_from_checkpoint last"
     batch = f"--per_device_train_batch_size {batch_size}"
-    return {name: [*common.split(), *batch.split(), *options.split()] for name, options in words.items()}
+    swin = str(Path(common.split()[1]).parent / "swin")
+    return {
+        name: [*common.split(), *batch.split(), *options.replace("SWIN", swin).split()]
+        for name, options in words.items()
+    }
 
 
 @pytest.fixture(scope="module")

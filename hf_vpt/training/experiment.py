@@ -143,7 +143,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, Datas
     )
     if model_args.method == "provpt" and trainer.is_deepspeed_enabled:
         raise ValueError(
-            "Found PRO-VPT and DeepSpeed, whose optimizer keeps weights of its own, which a prompt that moves does not "
+            "Found PRO-VPT and DeepSpeed, whose optimizer keeps weights of its own, which a moving prompt does not "
             "change. PRO-VPT needs one process, DDP or FSDP2. Launch it with configs/accelerate/ddp.yaml or "
             "configs/accelerate/fsdp2.yaml."
         )

@@ -61,7 +61,12 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
     prompts = [m for m in base.modules() if isinstance(m, Prompts) and any(p.requires_grad for p in m.parameters())]
     if prompts:
         fully_shard(prompts, **settings | {"reshard_after_forward": False})
-    for name in find_backbone(base).block_names:
+    backbone = find_backbone(base)
+    if backbone.record.windows is not None and any(p.pooled or not p.deep for p in prompts):
+        # What flows from block to block beside the tokens is no output of a block, so that FSDP does not see its
+        # gradient coming: blocks must not give back what they gathered before the backward pass.
+        settings["reshard_after_forward"] = False
+    for name in backbone.block_names:
         fully_shard(base.get_submodule(name), **settings)
 
 
