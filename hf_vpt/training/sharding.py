@@ -30,12 +30,18 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
         accelerator: What the settings of FSDP are read from.
 
     Raises:
-        ValueError: If the settings ask for FSDP1, or for loading that leaves the weights in the first process.
+        ValueError: If the settings ask for FSDP1 or for loading that leaves the weights in the first process, or if
+            the backbone is quantised.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(base.config, "model_type", None) not in BACKBONES:
         return
     plugin = accelerator.state.fsdp_plugin
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            "Found a quantised backbone and FSDP, which cannot share out its integers. A backbone is either quantised "
+            "or shared out. Leave quantization out, or launch with configs/accelerate/ddp.yaml."
+        )
     if plugin.fsdp_version != 2:
         raise ValueError(
             "Found FSDP of version 1, whose units hold either trained or frozen weights. Prompts in a frozen block "
