@@ -20,25 +20,42 @@ from .trouble import raise_if_not_finite
 class ClassificationLoss:
     """Cross-entropy averaged over the images of one optimiser step, however they were spread.
 
+    A model with several right classes an image (`problem_type="multi_label_classification"`, labels `(B, classes)` of
+    0 and 1) gets binary cross-entropy averaged over images and classes.
+
     `Trainer` accumulates gradients over micro-batches and processes without dividing by their number when a loss
     function of one's own is used, so the sum over a micro-batch is divided by the images of the whole step. Then two
     accumulated batches of 4 give the gradient of one batch of 8.
 
     Args:
-        label_smoothing: Share in [0, 1) of the target that is spread evenly over all classes while training.
+        label_smoothing: Share in [0, 1) of the target that is spread evenly over all classes while training;
+            with several right classes, between 0 and 1 for each of them.
+        problem_type: The model's `config.problem_type`.
     """
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: float = 0.0, problem_type: str | None = None):
         self.label_smoothing = label_smoothing
+        # Not by the labels: those of mixed images are `(B, classes)` too.
+        self.is_multi_label = problem_type == "multi_label_classification"
 
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
         """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation)."""
         # In float32, because a softmax over many classes loses too much in half precision.
         logits = outputs["logits"].float()
+        if self.is_multi_label:
+            return self._multi_label_loss(logits, labels.float(), num_items_in_batch)
         if num_items_in_batch is None:
             return F.cross_entropy(logits, labels)
         total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
         # Several GPUs in one process share a batch, of which Trainer then tells each its part.
+        return total / torch.as_tensor(num_items_in_batch).sum()
+
+    def _multi_label_loss(self, logits, labels, num_items_in_batch):
+        if num_items_in_batch is None:
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        labels = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        # Trainer counts the numbers in the labels, one for each image and class.
         return total / torch.as_tensor(num_items_in_batch).sum()
 
 
@@ -59,7 +76,8 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         smoothing = args.label_smoothing_factor
-        super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
+        loss = ClassificationLoss(smoothing, getattr(getattr(model, "config", None), "problem_type", None))
+        super().__init__(model=model, args=args, compute_loss_func=loss, **kwargs)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
