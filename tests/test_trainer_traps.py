@@ -164,7 +164,7 @@ def test_evaluation_of_an_adapted_model_has_a_loss_and_scores(family, tmp_path):
     trainer = make_trainer(
         model,
         tmp_path,
-        per_device_eval_batch_size=4,
+        per_device_eval_batch_size=3,
         label_smoothing_factor=0.5,
         compute_metrics=lambda prediction: {"accuracy": float((prediction.label_ids == 0).mean())},
     )

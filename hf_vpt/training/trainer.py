@@ -39,21 +39,24 @@ class ClassificationLoss:
         self.is_multi_label = problem_type == "multi_label_classification"
 
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation)."""
+        """Return the loss of logits `(B, classes)`; the mean over the batch where `num_items_in_batch` is None."""
+        # Trainer counts items in evaluation too, which is to be without smoothing.
+        smoothing = self.label_smoothing if torch.is_grad_enabled() and num_items_in_batch is not None else 0.0
         # In float32, because a softmax over many classes loses too much in half precision.
         logits = outputs["logits"].float()
         if self.is_multi_label:
-            return self._multi_label_loss(logits, labels.float(), num_items_in_batch)
+            return self._multi_label_loss(logits, labels.float(), smoothing, num_items_in_batch)
         if num_items_in_batch is None:
             return F.cross_entropy(logits, labels)
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         # Several GPUs in one process share a batch, of which Trainer then tells each its part.
         return total / torch.as_tensor(num_items_in_batch).sum()
 
-    def _multi_label_loss(self, logits, labels, num_items_in_batch):
+    @staticmethod
+    def _multi_label_loss(logits, labels, smoothing, num_items_in_batch):
         if num_items_in_batch is None:
             return F.binary_cross_entropy_with_logits(logits, labels)
-        labels = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+        labels = labels * (1 - smoothing) + smoothing / 2
         total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         # Trainer counts the numbers in the labels, one for each image and class.
         return total / torch.as_tensor(num_items_in_batch).sum()
