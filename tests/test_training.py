@@ -1,6 +1,5 @@
 """Training does what its settings say: losses, learning rates, frozen parts, the best epoch, files."""
 
-import copy
 import json
 import math
 
@@ -17,7 +16,6 @@ from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, 
 
 from hf_vpt.training import (
     Accuracy,
-    ClassificationLoss,
     ImageClassificationTrainer,
     MeanClassAccuracy,
     ModelArguments,
@@ -138,49 +136,6 @@ def test_metrics_agree_with_scikit_learn():
     assert per_class == pytest.approx(balanced_accuracy_score(references, predictions))
 
 
-def test_loss_of_a_whole_step_is_the_mean_over_its_images():
-    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
-    loss = ClassificationLoss()
-    parts = [loss({"logits": logits[i : i + 2]}, labels[i : i + 2], num_items_in_batch=6) for i in (0, 2, 4)]
-    torch.testing.assert_close(sum(parts), loss({"logits": logits}, labels))
-    # Two GPUs in one process: each is told three, in a tensor with one row a GPU.
-    torch.testing.assert_close(loss({"logits": logits}, labels, torch.tensor([[3], [3]])), sum(parts))
-
-
-def test_label_smoothing_is_for_training_alone():
-    logits, labels = torch.tensor([[100.0, 0.0, 0.0]]), torch.tensor([0])
-    loss = ClassificationLoss(label_smoothing=0.3)
-    assert loss({"logits": logits}, labels).item() == pytest.approx(0.0, abs=1e-6)
-    assert loss({"logits": logits}, labels, num_items_in_batch=1).item() == pytest.approx(20.0)
-
-
-def test_accumulated_batches_equal_one_large_batch(lora_model, tmp_path):
-    # Regression: a loss that ignores num_items_in_batch makes gradients as many times too large as batches accumulate.
-    for module in lora_model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    lora_model.base_model.model.config.attention_probs_dropout_prob = 0.0
-    for module in lora_model.modules():
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    results = []
-    for batch_size, accumulation in ((8, 1), (4, 2)):
-        model = copy.deepcopy(lora_model)
-        make_trainer(
-            model,
-            tmp_path,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-        ).train()
-        results.append(trained_state(model))
-    assert_same(results[1], results[0], rtol=1e-4, atol=1e-6)
-    assert any(not torch.equal(value, results[0][name]) for name, value in trained_state(lora_model).items())
-
-
 def test_whitened_bases_are_estimated_before_training(settings):
     run = settings("bpt", "--basis", "fwhiten", "--rank", "4")
     trainer, _ = build_trainer(run)
@@ -270,42 +225,6 @@ def test_head_has_its_own_learning_rate_and_weight_decay(lora_model, tmp_path):
     assert found.pop(id(head.bias)) == (0.2, 0.0)
     assert set(found.values()) == {(0.1, 0.0)}
     assert len(found) + 2 == sum(parameter.requires_grad for parameter in lora_model.parameters())
-
-
-class RecordEpochs(TrainerCallback):
-    """Keep a copy of what trains after each epoch."""
-
-    def __init__(self):
-        self.states = []
-
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        self.states.append(trained_state(model))
-
-
-@pytest.mark.parametrize("kind", ["adapter", "whole model"])
-def test_best_epoch_is_restored_with_its_head(lora_model, backbone, tmp_path, kind):
-    # Regression: Trainer restored the head of a whole ViT alone, because checkpoints name the blocks differently.
-    model = lora_model
-    if kind == "whole model":
-        model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
-    # Two epochs are equally good; the later one has learned more.
-    scores = iter([0.9, 0.9, 0.5])
-    recorder = RecordEpochs()
-    make_trainer(
-        model,
-        tmp_path,
-        num_train_epochs=3,
-        learning_rate=0.1,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        compute_metrics=lambda prediction: {"accuracy": next(scores)},
-        callbacks=[recorder],
-    ).train()
-    assert_same(trained_state(model), recorder.states[1], rtol=0, atol=0)
-    last = [list(state.values())[-1] for state in recorder.states]
-    assert not torch.equal(last[1], last[0])
-    assert not torch.equal(last[1], last[2])
 
 
 def test_fresh_head_knows_the_names_of_the_classes(backbone):

@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
 
 from .keys_values import PromptKeysValues
+
+
+def linear_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer; of a quantised one the numbers that it stands for."""
+    if get_bnb_param_type(layer.weight):
+        # Not PEFT's function for modules, which on a CPU leaves an 8-bit layer that has run without its scales.
+        return dequantize_bnb_weight(layer.weight, getattr(layer, "state", None))
+    return dequantize_module_weight(layer)
 
 
 class AttentionAccess:
@@ -90,7 +99,7 @@ class LinearProjections(AttentionAccess):
         return heads(self.key, normed), heads(self.value, normed), query
 
     def query_key_weights(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        return getattr(attention, self.query).weight, getattr(attention, self.key).weight
+        return linear_weight(getattr(attention, self.query)), linear_weight(getattr(attention, self.key))
 
     def width(self, attention: nn.Module) -> int:
         return getattr(attention, self.query).in_features

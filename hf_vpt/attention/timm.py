@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import nn
 
-from .access import StateOnModule
+from .access import StateOnModule, linear_weight
 
 
 @functools.cache
@@ -80,7 +80,7 @@ class _TimmAttention(StateOnModule):
         return attention.k_norm(key), value, query
 
     def query_key_weights(self, attention: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention.qkv.weight.chunk(3)[:2]
+        return linear_weight(attention.qkv).chunk(3)[:2]
 
     def width(self, attention: nn.Module) -> int:
         return attention.qkv.in_features

@@ -29,6 +29,9 @@ class ModelArguments:
         model_revision: Branch, tag or commit of the backbone on the Hub.
         attn_implementation: Attention kernel, such as `"sdpa"` or `"eager"`. Default: the model's own choice.
         dtype: Number format of the frozen weights. For mixed precision, keep float32 here and pass `bf16`.
+        quantization: Number format of the frozen linear layers: `"8bit"` or `"4bit"` (NF4) needs bitsandbytes and a
+            prompt method, and takes a quarter or an eighth of their memory in float32. Head, norms and prompts are not
+            quantised.
         method: One of `hf_vpt.tuners.METHODS`, or a baseline: `"linear_probe"` trains the head alone, `"full"` trains
             everything.
     """
@@ -42,6 +45,9 @@ class ModelArguments:
     )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Number format of the weights."}
+    )
+    quantization: Literal["none", "8bit", "4bit"] = field(
+        default="none", metadata={"help": "Format of the frozen linear layers, by bitsandbytes."}
     )
     method: str = field(default="vapt", metadata={"help": "Prompt method, linear_probe or full."})
 

@@ -20,6 +20,7 @@ from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
 from .relocation import RelocationCallback
+from .sharding import gathered
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -150,9 +151,16 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         trainer.add_callback(PlateauWarning(num_classes, training_args.plateau_patience))
     if model_args.method == "provpt":
         trainer.add_callback(RelocationCallback(trainer))
+    if model_args.method == "provpt" and trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "Found PRO-VPT and DeepSpeed, whose optimizer keeps weights of its own, which a moving prompt does not "
+            "change. PRO-VPT needs one process, DDP or FSDP2. Launch it with configs/accelerate/ddp.yaml or "
+            "configs/accelerate/fsdp2.yaml."
+        )
     # After the trainer has moved the model to its device.
     if peft_config is not None:
-        model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
+        with gathered(model):
+            model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
     return trainer, data
 
 

@@ -14,11 +14,13 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ViTConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_bitsandbytes_available
 
 from ..backbones import BACKBONES, find_backbone
 from .arguments import ModelArguments
@@ -53,7 +55,11 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
         label_names: Name of each class, in the order of the data set's class labels.
 
     Returns:
-        The model, with `config.id2label` and `config.label2id` set and every parameter trainable.
+        The model, with `config.id2label` and `config.label2id` set and every parameter trainable that is no quantised
+        one.
+
+    Raises:
+        ImportError: If a quantised backbone is asked for and bitsandbytes is not installed.
     """
     path = resolve_model_path(model_args.model_name_or_path)
     id2label = dict(enumerate(label_names))
@@ -64,14 +70,42 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
         label2id={label: number for number, label in id2label.items()},
     )
     config = _without_decoder(config)
-    return AutoModelForImageClassification.from_pretrained(
+    model = AutoModelForImageClassification.from_pretrained(
         path,
         config=config,
         revision=model_args.model_revision,
         attn_implementation=model_args.attn_implementation,
         dtype=getattr(torch, model_args.dtype),
+        quantization_config=_quantization_config(model_args, config),
         # A head for other classes is replaced.
         ignore_mismatched_sizes=True,
+    )
+    for module in model.modules():
+        # On a CPU, bitsandbytes packs 4-bit weights anew in evaluation mode, in which frozen layers stay, for a
+        # product that passes no gradient on: prompts would stop to learn without a word.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _quantization_config(model_args: ModelArguments, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
+    """Returns how the backbone is to be quantised; None where it is not."""
+    if model_args.quantization == "none":
+        return None
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"Found quantization={model_args.quantization} and no bitsandbytes. Quantised backbones need that "
+            "package. Install it with `pip install bitsandbytes`, or leave the setting out."
+        )
+    with torch.device("meta"):  # names alone
+        model = AutoModelForImageClassification.from_config(config)
+    return BitsAndBytesConfig(
+        load_in_8bit=model_args.quantization == "8bit",
+        load_in_4bit=model_args.quantization == "4bit",
+        # A list of one's own takes the place of the guess of Transformers, which knows heads of language models.
+        llm_int8_skip_modules=list(find_backbone(model).heads),
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, model_args.dtype),
     )
 
 
@@ -103,6 +137,11 @@ def prepare_for_training(
     Returns:
         A `PeftModel` around `model` for a prompt method, else `model`.
     """
+    if getattr(model, "is_quantized", False) and peft_config is None:
+        raise ValueError(
+            f"Found a quantised backbone and method '{method}'. Quantised weights are for prompts, which leave "
+            "them as they are. Choose a prompt method, or leave quantization out."
+        )
     if peft_config is not None:
         return get_peft_model(model, peft_config, revision=revision)
     if method == "linear_probe":

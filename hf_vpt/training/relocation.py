@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list, extract_model_from_parallel, reduce
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -127,8 +128,14 @@ class RelocationCallback(TrainerCallback):
         with torch.random.fork_rng(), self.trainer.accelerator.autocast():
             entropy = (self.trainer.args.seed, epoch, self.trainer.args.process_index)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            self.tuner.train()
-            return self.tuner.score_prompts(dataloader, **self._sharing())
+            model, tuner = self.trainer.model, self.tuner
+            tuner.train()
+            if isinstance(model, FSDPModule):
+                model.unshard()  # the head, whose gradients count: those of its shares are not in the graph
+            # By way of the whole model, for which FSDP gathers the parameters.
+            return tuner.score_prompts(
+                dataloader, compute_loss=lambda _, batch: model(**batch).loss, **self._sharing()
+            )
 
     def _relocate(self, scores: PromptScores) -> None:
         tuner, state = self.tuner, self.trainer.state

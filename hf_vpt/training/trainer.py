@@ -19,34 +19,55 @@ from .mixing import make_mixer
 from .models import save_label_names
 from .optimizer import group_by_role
 from .schedule import hold_within_epochs
+from .sharding import names_in_optimizer, replace_in_optimizer, shard_blocks
 from .trouble import raise_if_not_finite
 
 
 class ClassificationLoss:
     """Cross-entropy averaged over the images of one optimiser step, however they were spread.
 
+    A model with several right classes an image (`problem_type="multi_label_classification"`, labels `(B, classes)` of
+    0 and 1) gets binary cross-entropy averaged over images and classes.
+
     `Trainer` accumulates gradients over micro-batches and processes without dividing by their number when a loss
     function of one's own is used, so the sum over a micro-batch is divided by the images of the whole step. Then two
     accumulated batches of 4 give the gradient of one batch of 8.
 
     Args:
-        label_smoothing: Share in [0, 1) of the target that is spread evenly over all classes while training.
+        label_smoothing: Share in [0, 1) of the target that is spread evenly over all classes while training;
+            with several right classes, between 0 and 1 for each of them.
+        problem_type: The model's `config.problem_type`.
     """
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: float = 0.0, problem_type: str | None = None):
         self.label_smoothing = label_smoothing
+        # Not by the labels: those of mixed images are `(B, classes)` too.
+        self.is_multi_label = problem_type == "multi_label_classification"
 
     def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-        """Return the loss of logits `(B, classes)`; the plain mean where `num_items_in_batch` is None (evaluation).
+        """Return the loss of logits `(B, classes)`; the mean over the batch where `num_items_in_batch` is None.
 
         Labels are classes `(B,)`, or the probabilities of all classes `(B, classes)` where images are mixed.
         """
+        # Trainer counts items in evaluation too, which is to be without smoothing.
+        smoothing = self.label_smoothing if torch.is_grad_enabled() and num_items_in_batch is not None else 0.0
         # In float32, because a softmax over many classes loses too much in half precision.
         logits = outputs["logits"].float()
+        if self.is_multi_label:
+            return self._multi_label_loss(logits, labels.float(), smoothing, num_items_in_batch)
         if num_items_in_batch is None:
             return F.cross_entropy(logits, labels)
-        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         # Several GPUs in one process share a batch, of which Trainer then tells each its part.
+        return total / torch.as_tensor(num_items_in_batch).sum()
+
+    @staticmethod
+    def _multi_label_loss(logits, labels, smoothing, num_items_in_batch):
+        if num_items_in_batch is None:
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        labels = labels * (1 - smoothing) + smoothing / 2
+        total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        # Trainer counts the numbers in the labels, one for each image and class.
         return total / torch.as_tensor(num_items_in_batch).sum()
 
 
@@ -71,7 +92,8 @@ class ImageClassificationTrainer(transformers.Trainer):
         smoothing = args.label_smoothing_factor
         # First, because a callback may read training images at the start of an epoch.
         kwargs["callbacks"] = [SetEpoch(), *(kwargs.get("callbacks") or [])]
-        super().__init__(model=model, args=args, compute_loss_func=ClassificationLoss(smoothing), **kwargs)
+        loss = ClassificationLoss(smoothing, getattr(getattr(model, "config", None), "problem_type", None))
+        super().__init__(model=model, args=args, compute_loss_func=loss, **kwargs)
         self.mixer = make_mixer(args.mixup_alpha, args.cutmix_alpha, self.model.config.num_labels)
         self.ema = None
         if args.ema_decay is not None:
@@ -105,16 +127,23 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
+        if is_new and self.is_fsdp_enabled:
+            shard_blocks(self.model, self.accelerator)
         optimizer = super().create_optimizer(model)
         if is_new:
             model = self.accelerator.unwrap_model(self.model)
             names = set(self.get_decay_parameter_names(model))
             decayed = {parameter for name, parameter in model.named_parameters() if name in names}
             group_by_role(optimizer, model, self.args, decayed)
+            if self.is_fsdp_enabled:
+                self._names_in_optimizer = names_in_optimizer(optimizer, self.model)
         return optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None) -> torch.optim.lr_scheduler.LRScheduler:
         is_new = self.lr_scheduler is None
+        # The first thing that Trainer does once Accelerate has prepared the optimizer.
+        if self.is_fsdp_enabled:
+            replace_in_optimizer(self.optimizer, self.model, self._names_in_optimizer)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         if is_new and self.args.lr_schedule_unit == "epoch":
             hold_within_epochs(scheduler, self.args.get_steps_per_epoch(num_training_steps))

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 
 from ..base import BlockLayout, StaticPrompts
 from ..base.prompts import vpt_uniform_
@@ -87,7 +89,13 @@ class PROVPTPrompts(StaticPrompts):
     @torch.no_grad()
     def move(self, row: int, block: int, scale: float) -> None:
         """Lets a row of this block's share serve another block, scaled down."""
-        self.prompt_embeddings[row] *= scale
+        scales = torch.ones(self.num_virtual_tokens, 1, device=self.block.device)
+        scales[row] = scale
+        if isinstance(self, FSDPModule):
+            self.reshard()  # what is gathered is a copy, and lost
+            shares = self.prompt_embeddings
+            scales = distribute_tensor(scales, shares.device_mesh, shares.placements)
+        self.prompt_embeddings.mul_(scales)
         self.block[row] = block
         self._set_serves(self.block)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..base import PromptedBlock
 from .prompts import PROVPTPrompts
@@ -168,8 +169,7 @@ class ScoreRecorder:
                 "and before `zero_grad`. Where they are kept elsewhere, as by DeepSpeed, set score_clip to null."
             )
         self._step /= loss_scale
-        # Sharded gradients are put together, which a norm needs.
-        head = [getattr(gradient, "full_tensor", lambda g=gradient: g)() / loss_scale for gradient in head]
+        head = [_whole(gradient) / loss_scale for gradient in head]
         self._finish_batch(loss, batch_size, head)
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class ScoreRecorder:
             return (gradient * prompts).sum(dim=(0, 2))
         variance, mean = torch.var_mean(prompts, dim=-1, correction=0, keepdim=True)
         normalised = (prompts - mean) * (variance + norm.eps).rsqrt()
-        inner = (gradient * norm.weight.to(dtype) * normalised).sum(dim=-1)
+        inner = (gradient * _whole(norm.weight).to(dtype) * normalised).sum(dim=-1)
         return (inner * (norm.eps / (variance[..., 0] + norm.eps))).sum(dim=0)
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class ScoreRecorder:
         if self.kind != "norm":
             return PromptScores(total[:-1] / self.num_batches, total[-1].item(), online=self.online)
         pool = list(self.prompts.values())
-        norms = torch.cat([p.prompt_embeddings.detach().double().norm(dim=1).cpu() for p in pool])
+        norms = torch.cat([_whole(p.prompt_embeddings.detach()).double().norm(dim=1).cpu() for p in pool])
         served = torch.tensor([block for prompts in pool for block in prompts.serves])
         sums = torch.zeros(int(served.max()) + 1, dtype=torch.float64).index_add_(0, served, norms)
         return PromptScores(-norms / sums[served], total[-1].item(), float("-inf"), self.online)
@@ -230,3 +230,8 @@ class ScoreRecorder:
         self.reset()
         self._total.copy_(state["total"])
         self.num_batches = state["num_batches"]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor of which FSDP gave each process a share."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

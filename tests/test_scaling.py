@@ -1,0 +1,222 @@
+"""Several processes learn what one does, however they share the work, and the configurations for it are right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from peft import PeftModel
+from PIL import Image
+from safetensors.numpy import load_file
+from train_many import train_many
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
+
+import hf_vpt  # noqa: F401 (tells PEFT about the methods)
+from hf_vpt.training import experiment, parse_arguments
+from hf_vpt.tuners import METHODS
+
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "accelerate"
+# The module, not the command, so that the script runs with the interpreter of the tests.
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--config_file")
+
+# Whatever is drawn at random while training differs between processes, so all dropouts are off. PRO-VPT clips by
+# batch, and the batches of a process are halves; the scores of attention are larger than the published one's, which
+# the norm's eps all but cancels, so that rounding does not decide what moves.
+CASES = {
+    "vpt": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0",
+    "vpt_projected": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --projection_dim 4",
+    "vpt_shallow": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --deep false",
+    # Fewer rows than processes: one of them has an empty share.
+    "vpt_one_prompt": "--method vpt --num_virtual_tokens 1 --prompt_dropout 0 --head_learning_rate 1e-1",
+    "vapt": "--method vapt --num_virtual_tokens 3 --prompt_dropout 0 --channel_dropout 0 --projector_dropout 0",
+    "provpt": "--method provpt --num_virtual_tokens 3 --prompt_dropout 0 --score_clip 1e9 --score attention",
+    "bpt": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4",
+    "bpt_whitened": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4 --basis twhiten",
+    # What flows beside the tokens is no output of a block, which is what FSDP looks at.
+    "swin_shallow": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --deep false --model_name_or_path SWIN",
+    "linear_probe": "--method linear_probe",
+}
+WITHOUT_CHECKPOINTS = "--save_strategy no --eval_strategy no --no_load_best_model_at_end"
+BEGUN = "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --lr_scheduler_type constant --optim_args momentum=0.9"
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    """Words of a command line for a tiny backbone and a folder of black and white images."""
+    folder = tmp_path_factory.mktemp("common")
+    set_seed(0)
+    vit = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
+        initializer_range=0.2,
+    )
+    ViTForImageClassification(vit).save_pretrained(folder / "backbone")
+    swin = SwinConfig(
+        embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=2, mlp_ratio=2.0, image_size=16, patch_size=2
+    )
+    SwinForImageClassification(swin).save_pretrained(folder / "swin")
+    for name in ("backbone", "swin"):
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / name)
+    for name, grey in (("black", 0), ("white", 225)):
+        (folder / "images" / name).mkdir(parents=True)
+        # 25 images a class leave 32 for training: batches of 8 come out even, so two processes pad nothing.
+        for index in range(25):
+            pixels = np.full((16, 16), grey + index, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{index}.png")
+    # Adam would turn rounding errors of gradients near zero into whole steps, hence SGD.
+    return (
+        f"--model_name_or_path {folder}/backbone --dataset_name {folder}/images --use_cpu --disable_tqdm=1 "
+        "--num_train_epochs 3 --learning_rate 1e-1 --optim sgd"
+    )
+
+
+def lines(common, folder, batch_size):
+    """The command lines of all cases, with outputs in `folder`."""
+    words = {name: f"{options} --output_dir {folder}/{name}" for name, options in CASES.items()}
+    # Checkpoints take the time; one case keeps them, and loads the best in the end.
+    words = {name: options if name == "vpt" else f"{options} {WITHOUT_CHECKPOINTS}" for name, options in words.items()}
+    words["begun"] = f"{BEGUN} --output_dir {folder}/resumed --num_train_epochs 1"
+    words["resumed"] = f"{BEGUN} --output_dir {folder}/resumed --resume_from_checkpoint last"
+    batch = f"--per_device_train_batch_size {batch_size}"
+    swin = str(Path(common.split()[1]).parent / "swin")
+    return {
+        name: [*common.split(), *batch.split(), *options.replace("SWIN", swin).split()]
+        for name, options in words.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(common, tmp_path_factory):
+    """Folder of what one process has learned in each case, and the results."""
+    folder = tmp_path_factory.mktemp("one")
+    return folder, train_many(lines(common, folder, 8))
+
+
+def launch(config, common, folder, *options, without=()):
+    """Train the cases in two processes with half the batch each; return the results."""
+    file = folder / "cases.json"
+    cases = {name: words for name, words in lines(common, folder, 4).items() if name not in without}
+    file.write_text(json.dumps(cases))
+    words = [*LAUNCH, str(CONFIGS / f"{config}.yaml"), str(ROOT / "tests" / "train_many.py"), str(file), *options]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | variables)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "cases.json.results").read_text())
+
+
+def assert_same_as_one_process(folder, results, one_process):
+    expected_folder, expected_results = one_process
+    for name in results.keys() - {"kind"}:
+        expected, actual = expected_results[name], results[name]
+        # Launched with other options, two processes on a CPU silently become one.
+        assert (expected["num_processes"], actual["num_processes"]) == (1, 2), name
+        for key in ("global_batch_size", "trained_parameters", "trained_parameters_without_head", "test_accuracy"):
+            assert actual[key] == expected[key], f"{name}: {key}"
+    files = sorted(path.relative_to(folder) for path in folder.glob("*/*model.safetensors"))
+    assert len(files) == len(results) - 2  # the resumed run has one file and two results
+    for file in files:
+        expected, actual = load_file(expected_folder / file), load_file(folder / file)
+        assert actual.keys() == expected.keys(), file
+        for key, value in expected.items():
+            np.testing.assert_allclose(actual[key], value, rtol=1e-5, atol=1e-5, err_msg=f"{file}: {key}")
+
+
+def load_adapter(common, folder):
+    path = common.split()[1]
+    model = ViTForImageClassification.from_pretrained(path, num_labels=2)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def test_training_has_changed_what_is_compared(common, one_process):
+    folder, _ = one_process
+    one, two = (load_file(folder / name / "adapter_model.safetensors") for name in ("vpt", "resumed"))
+    # The same start, other learning rates.
+    for name, value in one.items():
+        assert np.abs(value - two[name]).max() > 5e-4, name
+    moved = load_file(folder / "provpt" / "adapter_model.safetensors")
+    blocks = [moved[name] for name in sorted(moved) if name.endswith(".block")]
+    assert any((block != index).any() for index, block in enumerate(blocks)), "no prompt has moved"
+
+
+@pytest.mark.slow
+def test_two_processes_reach_the_weights_of_one_with_every_method(common, one_process, tmp_path):
+    results = launch("cpu_two_processes", common, tmp_path)
+    assert_same_as_one_process(tmp_path, results, one_process)
+
+
+@pytest.mark.slow
+def test_a_backbone_shared_out_with_fsdp_learns_what_a_whole_one_does(common, one_process, tmp_path):
+    results = launch("fsdp2", common, tmp_path, "--emulate_gpus")
+    # Accelerate drops FSDP on a CPU and says nothing.
+    assert results["kind"] == "DistributedType.FSDP"
+    assert_same_as_one_process(tmp_path, results, one_process)
+    images = torch.randn(2, 3, 16, 16)
+    for method in METHODS:
+        logits = [load_adapter(common, folder / method)(images).logits for folder in (one_process[0], tmp_path)]
+        torch.testing.assert_close(*logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_learns_what_one_process_does(common, one_process, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    results = launch(f"deepspeed_zero{stage}", common, tmp_path, without=["provpt"])
+    assert results["kind"] == "DistributedType.DEEPSPEED"
+    assert_same_as_one_process(tmp_path, results, one_process)
+
+
+def test_prompts_that_move_and_deepspeed_are_an_error_that_names_what_to_launch(common, tmp_path, monkeypatch):
+    trainer_cls = experiment.ImageClassificationTrainer
+    create = trainer_cls.create_accelerator_and_postprocess
+
+    def create_with_deepspeed(self):
+        create(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(trainer_cls, "create_accelerator_and_postprocess", create_with_deepspeed)
+    words = lines(common, tmp_path, 8)["provpt"]
+    with pytest.raises(ValueError, match=r"PRO-VPT and DeepSpeed.*needs one process.*configs/accelerate/ddp\.yaml"):
+        experiment.build_trainer(parse_arguments(words))
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_one_of_accelerates_and_says_when_to_use_it(path):
+    config = load_config_from_file(str(path))  # unknown keys are an error
+    kind = {"fsdp2": "FSDP"}.get(path.stem, "DEEPSPEED" if "deepspeed" in path.stem else "MULTI_GPU")
+    assert config.distributed_type == kind
+    assert config.num_processes >= 2
+    text = path.read_text()
+    assert "# Command: " in text
+    assert f"configs/accelerate/{path.name}" in text
+
+
+def test_multi_node_configuration_counts_the_processes_of_all_machines():
+    config = load_config_from_file(str(CONFIGS / "multi_node.yaml"))
+    assert config.num_machines == 2
+    assert config.num_processes % config.num_machines == 0
+    assert config.main_process_ip
+
+
+def test_nothing_in_the_package_knows_how_many_machines_there_are():
+    for path in (ROOT / "hf_vpt").rglob("*.py"):
+        for word in ("LOCAL_RANK", "SLURM", "num_machines", "MASTER_ADDR", "cuda:0"):
+            assert word not in path.read_text(), f"{path}: {word}"
