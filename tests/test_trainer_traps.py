@@ -147,7 +147,7 @@ def test_label_smoothing_is_for_training_alone():
 def test_images_reach_the_transform_with_default_settings(settings):
     # Trainer's default drops the columns that a model does not take, `image` among them, before they are transformed.
     trainer, _ = build_trainer(settings("vpt", "--num_train_epochs", "1"))
-    assert trainer.train_dataset.column_names == ["image", "label"]
+    assert trainer.train_dataset.images.column_names == ["image", "label"]
     trainer.train()
 
 
