@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    set_seed,
+)
 
-from hf_vpt.training import checkpoints, parse_arguments, train_classifier
+from hf_vpt.training import build_trainer, checkpoints, parse_arguments, train_classifier
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete, mark_complete, mark_incomplete
 
 
@@ -122,9 +129,65 @@ def test_older_checkpoints_stay_until_the_new_one_is_whole(options, tmp_path, mo
 def test_a_checkpoint_runs_no_code_of_its_own(options, tmp_path):
     run(options, tmp_path, "--num_train_epochs", "2", "--save_total_limit", "3")
     folder, _ = find_checkpoints(tmp_path)
-    torch.save({"RelocationCallback": Path("anything")}, folder / "callbacks.pt")
+    torch.save({"RelocationCallback": [Path("anything")]}, folder / "callbacks.pt")
+    mark_complete(folder)
     with pytest.raises(Exception, match="[Ww]eights.only"):
         run(options, tmp_path, "--resume_from_checkpoint", str(folder))
+
+
+def test_trainer_itself_passes_over_half_written_checkpoints(options, tmp_path):
+    words = [*options, "--output_dir", str(tmp_path), "--save_total_limit", "3"]
+    trainer, _ = build_trainer(parse_arguments(words))
+    trainer.train()
+    last, before = find_checkpoints(tmp_path)[:2]
+    mark_incomplete(last)
+    trainer, _ = build_trainer(parse_arguments(words))
+    steps = []
+    trainer.add_callback(NoteSteps(steps))
+    trainer.train(resume_from_checkpoint=True)
+    assert steps[0] == int(before.name.removeprefix("checkpoint-")) + 1
+    mark_incomplete(before)
+    with pytest.raises(ValueError, match=r"checkpoint-\d+' was not written to its end.*all of a checkpoint.*'last'"):
+        trainer.train(resume_from_checkpoint=str(before))
+
+
+class NoteSteps(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+class Counter(TrainerCallback):
+    """A callback with a state."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def test_two_callbacks_of_one_class_keep_their_own_states(tmp_path):
+    checkpoints.save_callbacks([Counter(1), PrinterCallback(), Counter(torch.tensor(2))], tmp_path)
+    restored = [Counter(0), Counter(0), Counter(5)]
+    checkpoints.load_callbacks(restored, tmp_path)
+    assert [counter.value for counter in restored] == [1, 2, 5]
+
+
+def test_a_state_that_could_not_be_read_again_is_an_error_when_it_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"callbacks \['Counter'\].*numbers, strings and tensors.*change what"):
+        checkpoints.save_callbacks([Counter(Path("anything"))], tmp_path)
+
+
+def test_checkpoints_know_how_many_of_them_are_to_be_kept(options, tmp_path):
+    run(options, tmp_path, "--num_train_epochs", "2", "--save_total_limit", "3")
+    folder, _ = find_checkpoints(tmp_path)
+    assert torch.load(folder / "training_args.bin", weights_only=False).save_total_limit == 3
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from by_hand import concatenate_run_strip
 from conftest import BACKBONES, IMAGE_SIZE
 from peft import get_peft_model
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from hf_vpt import PROVPTConfig
+from hf_vpt import PROVPTConfig, VPTConfig
 from hf_vpt.training import ImageClassificationTrainer, RelocationCallback, TrainingArguments
 from hf_vpt.tuners.provpt import PPOAllocation, PromptScores, RandomAllocation, Relocator, ThompsonAllocation
 
@@ -213,6 +214,43 @@ def test_online_scores_of_accumulated_and_scaled_batches_are_those_of_the_large_
     assert recorder.result().loss == pytest.approx(expected.loss)
 
 
+@pytest.mark.parametrize("clip", [0.25, None])
+def test_a_step_that_overflows_is_left_out_of_the_scores(clip):
+    model = prompted(score_clip=clip)
+    with model.base_model.record_scores(online=True) as recorder:
+        for number, batch in enumerate(batches()):
+            loss = model(**batch).loss
+            (loss * (float("inf") if number == 1 else 1)).backward()
+            recorder.collect(loss, 4)
+            model.zero_grad()
+    expected = model.base_model.score_prompts([batches()[0], batches()[2]])
+    torch.testing.assert_close(recorder.result().values, expected.values, rtol=1e-4, atol=1e-12)
+    assert recorder.num_batches == 2
+
+
+def test_a_pass_of_its_own_does_not_end_listening_to_training():
+    model = prompted()
+    expected = model.base_model.score_prompts(batches())
+    with model.base_model.record_scores(online=True) as recorder:
+        for batch in batches():
+            model.base_model.score_prompts(batches())
+            loss = model(**batch).loss
+            loss.backward()
+            recorder.collect(loss, 4)
+            model.zero_grad()
+    torch.testing.assert_close(recorder.result().values, expected.values, rtol=1e-4, atol=1e-12)
+    assert all(block.observer is None for block in model.base_model.prompted_blocks())
+
+
+def test_collecting_where_no_prompt_was_heard_is_an_error():
+    model = prompted()
+    loss = model(**batches()[0]).loss
+    loss.backward()
+    message = "no gradients of prompts.*within the recorder's `with` block"
+    with model.base_model.record_scores(online=True) as recorder, pytest.raises(ValueError, match=message):
+        recorder.collect(loss, 4)
+
+
 def test_collecting_after_gradients_are_gone_is_an_error():
     model = prompted()
     with model.base_model.record_scores(online=True) as recorder:
@@ -243,6 +281,79 @@ def test_training_online_moves_what_scores_of_the_epoch_before_say(tmp_path, kin
     assert found["score"] == pytest.approx(expected.values.max().item(), rel=1e-3)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-4)
     assert found["target"] is not None
+
+
+def test_separate_scores_of_accumulated_batches_are_those_of_the_large_batch(tmp_path):
+    found = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        found.append(train(prompted(), tmp_path, **settings)[1].rounds)
+    for one, other in zip(*found, strict=True):
+        assert (one["prompt"], one["target"]) == (other["prompt"], other["target"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+@pytest.mark.parametrize("settings", [{"label_smoothing_factor": 0.5}, {}], ids=["smoothed", "plain"])
+def test_separate_scores_are_those_of_the_loss_that_is_trained_on(tmp_path, settings):
+    _, separate = train(prompted(), tmp_path, learning_rate=0.0, **settings)
+    _, online = train(prompted(scoring="online"), tmp_path, learning_rate=0.0, **settings)
+    assert separate.rounds[0]["loss"] == pytest.approx(online.rounds[0]["loss"], rel=1e-5)
+
+
+def test_online_scores_need_a_trainer_that_tells_of_backward_passes(tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1)
+    trainer = transformers.Trainer(prompted(scoring="online"), arguments, train_dataset=images())
+    trainer.add_callback(RelocationCallback(trainer))
+    with pytest.raises(ValueError, match="online' and a Trainer.*ImageClassificationTrainer, or scoring='separate'"):
+        trainer.train()
+
+
+def test_separate_scores_work_with_any_trainer(tmp_path):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, num_train_epochs=2, save_strategy="no", remove_unused_columns=False
+    )
+    trainer = transformers.Trainer(prompted(), arguments, train_dataset=images())
+    relocation = RelocationCallback(trainer)
+    trainer.add_callback(relocation)
+    trainer.train()
+    assert len(relocation.rounds) == 2
+
+
+def test_relocation_of_an_adapter_of_another_method_is_an_error(tmp_path):
+    model = get_peft_model(VIT.build(), VPTConfig(num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="Found a VPTModel.*PROVPTConfig, or leave RelocationCallback out"):
+        train(model, tmp_path)
+
+
+class Fail(TrainerCallback):
+    """Breaks training off in the middle of a step."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
+
+
+def test_a_run_after_one_that_broke_off_begins_anew(tmp_path):
+    settings = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    model = prompted(scoring="online", score_clip=None)
+    expected = copy.deepcopy(model)
+    _, first = train(expected, tmp_path, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path, callbacks=[Fail()], **settings)
+    assert all(block.observer is None for block in model.base_model.prompted_blocks())
+    _, second = train(model, tmp_path, **settings)
+    assert second.rounds == first.rounds
+    assert_same(trained_state(model), trained_state(expected), rtol=0, atol=0)
+
+
+def test_a_trainer_that_trains_twice_begins_anew_with_its_moves(tmp_path):
+    model = prompted(scoring="online", relocation_warmup=2, allocation="random")
+    trainer, relocation = train(model, tmp_path, learning_rate=0.0, num_train_epochs=4)
+    first = relocation.rounds
+    trainer.train()
+    assert [move["target"] is None for move in relocation.rounds] == [True, False, False]
+    assert relocation.rounds[0]["reward"] is None
+    assert [move["prompt"] for move in relocation.rounds] == [move["prompt"] for move in first]
 
 
 def test_online_a_warm_up_of_one_epoch_ends_when_one_epoch_has_been_trained():

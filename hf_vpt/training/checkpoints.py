@@ -6,11 +6,15 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 CALLBACKS_FILE = "callbacks.pt"
@@ -29,9 +33,24 @@ class StatefulCallback(Protocol):
 
 
 def save_callbacks(callbacks: Iterable[Any], folder: str | Path) -> None:
-    """Write the state of those callbacks that have one, by the name of their class."""
-    states = {type(c).__name__: c.state_dict() for c in callbacks if isinstance(c, StatefulCallback)}
-    torch.save(states, Path(folder) / CALLBACKS_FILE)
+    """Write the state of those callbacks that have one: a list for each class, in the callbacks' order.
+
+    Raises:
+        ValueError: A state holds what cannot be read again without running code.
+    """
+    states: dict[str, list[dict[str, Any]]] = {}
+    for callback in callbacks:
+        if isinstance(callback, StatefulCallback):
+            states.setdefault(type(callback).__name__, []).append(callback.state_dict())
+    file = Path(folder) / CALLBACKS_FILE
+    torch.save(states, file)
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"Found a state_dict, of one of the callbacks {list(states)}, that cannot be read again. It may hold "
+            f"numbers, strings and tensors in dictionaries and lists: change what it returns. ({error})"
+        ) from error
 
 
 def load_callbacks(callbacks: Iterable[Any], folder: str | Path) -> None:
@@ -44,8 +63,8 @@ def load_callbacks(callbacks: Iterable[Any], folder: str | Path) -> None:
         return
     states = torch.load(file, map_location="cpu", weights_only=True)
     for callback in callbacks:
-        if isinstance(callback, StatefulCallback) and type(callback).__name__ in states:
-            callback.load_state_dict(states[type(callback).__name__])
+        if isinstance(callback, StatefulCallback) and states.get(type(callback).__name__):
+            callback.load_state_dict(states[type(callback).__name__].pop(0))
 
 
 def mark_incomplete(folder: str | Path) -> None:
@@ -54,7 +73,11 @@ def mark_incomplete(folder: str | Path) -> None:
 
 
 def mark_complete(folder: str | Path) -> None:
-    """Note the size of every file of a checkpoint. Written last, and in one go, so it exists only if they all do."""
+    """Note the size of every file of a checkpoint.
+
+    Written last, and in one go: where it exists they all do, whenever the process was killed. After a power failure
+    some of them may be cut off, which their sizes tell.
+    """
     folder = Path(folder)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
     draft = folder / f"{MANIFEST_FILE}.draft"
@@ -81,6 +104,38 @@ def find_checkpoints(output_dir: str | Path) -> list[Path]:
     folders = [folder for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if folder.is_dir()]
     steps = {folder: int(folder.name[number:]) for folder in folders if folder.name[number:].isdecimal()}
     return sorted(steps, key=steps.get, reverse=True)
+
+
+def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> str | None:
+    """Return the checkpoint to go on from.
+
+    Args:
+        wanted: Its folder; `True`, `"true"` or `"last"` for the latest one that was written to its end; `"auto"` for
+            that or none; None for none.
+        output_dir: Where the run's checkpoints are.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: The folder was not written to its end.
+    """
+    word = str(wanted).lower()
+    if word not in ("true", "last", "auto"):
+        if wanted and not is_complete(wanted):
+            raise ValueError(
+                f"'{wanted}' was not written to its end, or not by an ImageClassificationTrainer. A run needs all of "
+                "a checkpoint to go on: name another one, or 'last' for the latest that is whole."
+            )
+        return wanted or None
+    for checkpoint in find_checkpoints(output_dir):
+        if is_complete(checkpoint):
+            return str(checkpoint)
+        logger.warning(f"'{checkpoint}' was not written to its end and is passed over.")
+    if word == "auto":
+        return None
+    raise FileNotFoundError(
+        f"'{output_dir}' holds no checkpoint that was written to its end. resume_from_checkpoint: {wanted} needs one "
+        "there: correct output_dir, or use auto, which starts anew where there is none."
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -90,6 +90,7 @@ class ExponentialMovingAverage(TrainerCallback):
         if not self._is_restored:
             self.start(model)
             return
+        self._is_restored = False
         # A checkpoint is read to the CPU.
         parameters = dict(model.named_parameters())
         self.averages = {name: average.to(parameters[name].device) for name, average in self.averages.items()}

@@ -14,7 +14,6 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data import collate_images, load_image_dataset
-from .checkpoints import find_checkpoints, is_complete
 from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
@@ -55,7 +54,7 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     """
     trainer, data = build_trainer(settings)
     start = time.process_time()
-    outcome = trainer.train(resume_from_checkpoint=_checkpoint_to_resume(settings))
+    outcome = trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
     cpu_seconds = time.process_time() - start
     validation = trainer.evaluate(metric_key_prefix="validation")
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
@@ -162,27 +161,6 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         with gathered(model):
             model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
     return trainer, data
-
-
-def _checkpoint_to_resume(settings: Settings) -> str | None:
-    """Return the checkpoint that `resume_from_checkpoint` names.
-
-    `true` and `last` stand for the latest one that was written to its end, `auto` for that or none.
-    """
-    wanted = settings.training.resume_from_checkpoint
-    if wanted is None or wanted.lower() not in ("true", "last", "auto"):
-        return wanted
-    output_dir = settings.training.output_dir
-    for checkpoint in find_checkpoints(output_dir):
-        if is_complete(checkpoint):
-            return str(checkpoint)
-        logger.warning(f"'{checkpoint}' was not written to its end and is passed over.")
-    if wanted.lower() == "auto":
-        return None
-    raise FileNotFoundError(
-        f"'{output_dir}' holds no checkpoint that was written to its end. resume_from_checkpoint: {wanted} needs one "
-        "there: correct output_dir, or use auto, which starts anew where there is none."
-    )
 
 
 def _epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:

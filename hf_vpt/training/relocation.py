@@ -1,4 +1,4 @@
-"""PRO-VPT's relocation between epochs, as a `Trainer` callback."""
+"""PRO-VPT's relocation while training, as a `Trainer` callback."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..tuners.provpt import PromptScores, PROVPTModel, ScoreRecorder
+from ..tuners.provpt import PromptScores, PROVPTConfig, PROVPTModel, ScoreRecorder
+from .trainer import ImageClassificationTrainer
 
 
 RELOCATIONS_FILE = "relocations.json"
 
 
 class RelocationCallback(TrainerCallback):
-    """Moves one prompt at most before each epoch; the work is that of `PROVPTModel` and its relocator.
+    """Moves one prompt at most before each epoch, or every `relocation_steps`; the work is that of `PROVPTModel`.
 
     With `PROVPTConfig(scoring="separate")` scores come from a pass of their own over the training data, as published
     (PRO-VPT, arXiv 2503.06901), so that an epoch costs about two. With `"online"` they come from the backward passes
@@ -33,6 +34,9 @@ class RelocationCallback(TrainerCallback):
     What was done is logged as all else is, under names that begin with `relocation`, and `relocations.json` in the
     output folder holds every round: which prompt left which block for which, its score, the sum of the scores of each
     block, the number of prompts in each block afterwards, reward, and the policy's loss.
+
+    An `ImageClassificationTrainer` keeps the policy, and the reward that is still to come, in its checkpoints. With
+    another `Trainer` a resumed run moves prompts as a policy that has learned nothing would.
 
     Args:
         trainer: The trainer that the callback is added to.
@@ -59,11 +63,13 @@ class RelocationCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         tuner = self.tuner
-        self._config = tuner.peft_config[tuner.active_adapters[0]]
+        self._config = self._check(tuner)
+        self._step_images, self._step_loss = 0, 0.0
         if self._config.scoring == "online":
             self._recorder = tuner.record_scores(online=True, **self._sharing()).__enter__()
         if self._restored is None:
             self.rounds, self.last_round = [], -1
+            tuner.forget_relocator()
         else:
             tuner.relocator().load_state_dict(self._restored["relocator"])
             if self._recorder is not None and self._restored["recorder"] is not None:
@@ -71,8 +77,27 @@ class RelocationCallback(TrainerCallback):
             self._restored = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.close()
+
+    def close(self) -> None:
+        """Stops listening. `ImageClassificationTrainer` calls it however training ends."""
         if self._recorder is not None:
             self._recorder.__exit__()
+            self._recorder = None
+
+    def _check(self, tuner: Any) -> PROVPTConfig:
+        if not isinstance(tuner, PROVPTModel):
+            raise ValueError(
+                f"Found a {type(tuner).__name__}. Relocation moves the prompts of PRO-VPT: train an adapter made with "
+                "PROVPTConfig, or leave RelocationCallback out."
+            )
+        config = tuner.peft_config[tuner.active_adapters[0]]
+        if config.scoring == "online" and not isinstance(self.trainer, ImageClassificationTrainer):
+            raise ValueError(
+                f"Found scoring='online' and a {type(self.trainer).__name__}. Online scores need a trainer that tells "
+                "of each backward pass: use hf_vpt.training.ImageClassificationTrainer, or scoring='separate'."
+            )
+        return config
 
     def on_epoch_begin(
         self,
@@ -95,6 +120,8 @@ class RelocationCallback(TrainerCallback):
         steps = self._config.relocation_steps
         if steps is None or state.global_step % steps or state.global_step <= max(self.last_round, 0):
             return
+        if not self._recorder.num_batches:
+            return  # gone on from a checkpoint of another trainer
         self.last_round = state.global_step
         self._relocate(self._recorder.result())
 
@@ -123,19 +150,32 @@ class RelocationCallback(TrainerCallback):
     def _score(self, dataloader: DataLoader, epoch: int) -> PromptScores:
         if hasattr(dataloader, "set_epoch"):
             dataloader.set_epoch(epoch)  # a run that has just gone on would show the images of its first epoch
-        # Prompt dropout is on, as while training: the scores are those of the loss that is trained on. Its draws are
-        # the pass's own, so that the epoch's are the same ones whether the run has been interrupted or not.
-        with torch.random.fork_rng(), self.trainer.accelerator.autocast():
-            entropy = (self.trainer.args.seed, epoch, self.trainer.args.process_index)
+        model, tuner, args = self.trainer.model, self.tuner, self.trainer.args
+        # Its draws are the pass's own, so that the epoch's are the same ones whether the run was interrupted or not.
+        with (
+            torch.random.fork_rng([args.device] if args.device.type == "cuda" else []),
+            self.trainer.accelerator.autocast(),
+        ):
+            entropy = (args.seed, epoch, args.process_index)
             torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-            model, tuner = self.trainer.model, self.tuner
             tuner.train()
             if isinstance(model, FSDPModule):
                 model.unshard()  # the head, whose gradients count: those of its shares are not in the graph
-            # By way of the whole model, for which FSDP gathers the parameters.
+            accumulation = args.gradient_accumulation_steps
             return tuner.score_prompts(
-                dataloader, compute_loss=lambda _, batch: model(**batch).loss, **self._sharing()
+                dataloader, compute_loss=self._loss, accumulation=accumulation, **self._sharing()
             )
+
+    def _loss(self, _: Any, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss that is trained on: prompt dropout, mixed images and label smoothing included."""
+        trainer, batch = self.trainer, dict(batch)
+        # By way of the whole model, for which FSDP gathers the parameters.
+        if trainer.compute_loss_func is None:
+            return trainer.model(**batch).loss
+        labels = batch.pop("labels")
+        if getattr(trainer, "mixer", None) is not None:
+            batch["pixel_values"], labels = trainer.mixer(batch["pixel_values"], labels)
+        return trainer.compute_loss_func(trainer.model(**batch), labels, num_items_in_batch=len(labels))
 
     def _relocate(self, scores: PromptScores) -> None:
         tuner, state = self.tuner, self.trainer.state
@@ -150,7 +190,9 @@ class RelocationCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             folder = Path(self.trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / RELOCATIONS_FILE).write_text(json.dumps(self.rounds, indent=1) + "\n", encoding="utf-8")
+            draft = folder / f"{RELOCATIONS_FILE}.draft"
+            draft.write_text(json.dumps(self.rounds, indent=1) + "\n", encoding="utf-8")
+            draft.replace(folder / RELOCATIONS_FILE)
         entry = {
             "relocation_prompt": move.prompt,
             "relocation_source": move.source,

@@ -9,10 +9,11 @@ import transformers
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.nn import functional as F
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..hub import add_loading_lines
-from .checkpoints import load_callbacks, mark_complete, mark_incomplete, save_callbacks
+from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
 from .mixing import make_mixer
@@ -110,6 +111,20 @@ class ImageClassificationTrainer(transformers.Trainer):
         optimizer_class, kwargs = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_class, {**kwargs, "lr": args.learning_rate * args.learning_rate_factor}
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As `Trainer.train`, which passes over checkpoints that were not written to their end.
+
+        Args:
+            resume_from_checkpoint: See `hf_vpt.training.checkpoints.checkpoint_to_resume`.
+        """
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "close"):
+                    callback.close()
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         if self.mixer is not None:
             # Here and not in a worker of the data loader, so that the draws go on where a checkpoint left them.
@@ -120,6 +135,7 @@ class ImageClassificationTrainer(transformers.Trainer):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, self.model.dtype)
         raise_if_not_finite(loss, self.state.global_step, max(rates), dtype)
+        # An event that Trainer has none for: gradients are complete, and nothing has clipped them yet.
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "on_backward"):
                 callback.on_backward(loss, len(inputs["pixel_values"]))
@@ -188,14 +204,23 @@ class ImageClassificationTrainer(transformers.Trainer):
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process has written its random state
         if self.args.should_save:
-            save_callbacks(self.callback_handler.callbacks, folder)
-            mark_complete(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # with the limit
+            self._finish_checkpoint(folder)
             rotate_checkpoints(
                 output_dir=str(folder.parent),
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _finish_checkpoint(self, folder: Path) -> None:
+        save_callbacks(self.callback_handler.callbacks, folder)
+        mark_complete(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder) -> None:
+        if self.is_world_process_zero():
+            self._finish_checkpoint(Path(checkpoint_folder))  # what goes to the Hub is whole
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -205,7 +230,7 @@ class ImageClassificationTrainer(transformers.Trainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         is_best = super()._determine_best_metric(metrics, trial)
         name = "eval_" + (self.args.metric_for_best_model or "").removeprefix("eval_")
-        if not is_best and metrics.get(name) == self.state.best_metric:
+        if not is_best and metrics.get(name) is not None and metrics[name] == self.state.best_metric:
             # A small validation set gives several epochs the same score. Trainer keeps the first of them, which has
             # learned least.
             self.state.best_global_step = self.state.global_step
@@ -230,8 +255,14 @@ class ImageClassificationTrainer(transformers.Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
+        names = self.model.active_adapters if isinstance(self.model, PeftModel) else []
         if self._is_whole_model():
             self._restore_weights(self.state.best_model_checkpoint)
+        elif set(names) - {"default"} and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # Adapters of other names lie in folders of their own, where Trainer does not look.
+            for name in names:
+                folder = Path(self.state.best_model_checkpoint) / ("" if name == "default" else name)
+                self.model.load_adapter(str(folder), name, is_trainable=True)
         else:
             super()._load_best_model()
         if self.ema is not None:

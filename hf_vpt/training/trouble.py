@@ -56,6 +56,14 @@ class PlateauWarning(TrainerCallback):
         self.tolerance = tolerance
         self._losses: list[float] = []
         self._stuck = 0
+        # A run that goes on from the middle of an epoch begins it a second time.
+        self._last_epoch = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._losses, self._stuck, self._last_epoch = [], 0, 0
 
     def on_log(
         self,
@@ -72,7 +80,8 @@ class PlateauWarning(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Here, not at the end of an epoch, where its last loss has not been logged yet.
-        if not _counts_steps(args):
+        if not _counts_steps(args) and state.epoch > self._last_epoch + 1e-6 and state.epoch == int(state.epoch):
+            self._last_epoch = int(state.epoch)
             self._count(args)
 
     def on_evaluate(
@@ -87,10 +96,10 @@ class PlateauWarning(TrainerCallback):
         self._count(args)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": self._losses, "stuck": self._stuck}
+        return {"losses": self._losses, "stuck": self._stuck, "last_epoch": self._last_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._losses, self._stuck = list(state["losses"]), state["stuck"]
+        self._losses, self._stuck, self._last_epoch = list(state["losses"]), state["stuck"], state["last_epoch"]
 
     def _count(self, args: TrainingArguments) -> None:
         """Looks at the losses of the epoch, or since the evaluation before, that has ended."""

@@ -11,7 +11,11 @@ from torch import nn
 
 
 class AllocationPolicy(Protocol):
-    """Names a block, is told later how good that was."""
+    """Names a block, is told later how good that was.
+
+    A policy with a true attribute `chooses_prompt` also says which prompt leaves, by `leave(number of prompts)`, in
+    the place of the scores, and none of these need be above the threshold then.
+    """
 
     def act(self, state: torch.Tensor, allowed: Sequence[bool] | None = None) -> int:
         """The block for the prompt.

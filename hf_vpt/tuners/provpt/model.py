@@ -37,7 +37,7 @@ class PROVPTModel(PromptTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         # A later adapter of the same name may have another pool.
-        self.__dict__.get("_relocators", {}).pop(adapter_name, None)
+        self.forget_relocator(adapter_name)
 
     def distribution(self, adapter_name: str | None = None) -> dict[int, int]:
         """Number of prompts that serve each block now, by block index."""
@@ -81,7 +81,8 @@ class PROVPTModel(PromptTuner):
             batches: Batches as the model takes them, with `pixel_values` and `labels`; moved to the model's device.
             adapter_name: The adapter; the active one if None.
             compute_loss: Mean loss of a batch from the model and the batch; the model's own loss if None.
-            options: See `ScoreRecorder`: `mean` and `num_processes` where several processes share each batch.
+            options: See `ScoreRecorder`: `mean` and `num_processes` where several processes share each batch,
+                `accumulation` where several batches make one.
         """
         device = next(self.model.parameters()).device
         with self.record_scores(adapter_name, **options) as recorder:
@@ -108,6 +109,10 @@ class PROVPTModel(PromptTuner):
     def pool(self, adapter_name: str | None = None) -> list[PROVPTPrompts]:
         """An adapter's prompts, in the order in which they are scored."""
         return list(self.prompts(adapter_name).values())
+
+    def forget_relocator(self, adapter_name: str | None = None) -> None:
+        """Begins anew with an adapter's moves: its prompts stay where they are, its policy has learned nothing."""
+        self.__dict__.get("_relocators", {}).pop(adapter_name or self.active_adapters[0], None)
 
     def relocator(self, adapter_name: str | None = None) -> Relocator:
         """What decides about an adapter's moves, with its policy; made at first use, and not part of the adapter."""

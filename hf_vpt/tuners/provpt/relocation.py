@@ -17,7 +17,7 @@ class Relocation:
     """What one call of `relocate` did.
 
     Attributes:
-        prompt: Number of the prompt with the largest score in the pool.
+        prompt: Number of the prompt that was to move: the one with the largest score, unless the policy chose it.
         score: Its score.
         source: Block that it served.
         target: Block that it serves now; None where no move was tried (warm-up, or no score above the threshold).

@@ -59,6 +59,8 @@ class ScoreRecorder:
         mean: Averages a float64 tensor over processes that share a batch, such as
             `lambda tensor: accelerate.utils.reduce(tensor, "mean")`; None for one process.
         num_processes: Number of processes that `mean` averages over.
+        accumulation: With `online=False`, calls of `add` that make up one batch, as in training with accumulated
+            gradients.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ScoreRecorder:
         online: bool = False,
         mean: Callable[[torch.Tensor], torch.Tensor] | None = None,
         num_processes: int = 1,
+        accumulation: int = 1,
     ):
         self.blocks = [block for block in blocks if block.index in prompts]
         self.prompts = prompts
@@ -80,8 +83,10 @@ class ScoreRecorder:
         self.online = online
         self.mean = mean
         self.num_processes = num_processes
+        self.accumulation = accumulation
         self.num_rows = len(next(iter(prompts.values())).serves)
         self._watched: list[tuple[PromptedBlock, torch.Tensor, torch.Tensor]] = []
+        self._observers: list[Any] = []
         # Numbers of the prompts that serve a block, made once for as long as none moves.
         self._ids: dict[int, tuple[list[tuple[int, int]], torch.Tensor]] = {}
         self.reset()
@@ -91,10 +96,20 @@ class ScoreRecorder:
         device = next(iter(self.prompts.values())).prompt_embeddings.device
         # On the device, so that training need not wait for it; not every one knows float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        # The last number is the loss.
-        self._total = torch.zeros(len(self.prompts) * self.num_rows + 1, dtype=dtype, device=device)
-        self._step = self._total.clone()
-        self.num_batches = 0
+        # The last two numbers are the loss and the number of batches.
+        self._total = torch.zeros(len(self.prompts) * self.num_rows + 2, dtype=dtype, device=device)
+        self._begin_batch()
+
+    def _begin_batch(self) -> None:
+        self._batch = torch.zeros_like(self._total)
+        self._head_gradients: list[torch.Tensor] = []
+        self._num_parts = self._num_images = 0
+        self._has_heard = False
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches that scores have been added of."""
+        return int(self._total[-1])
 
     def __enter__(self) -> ScoreRecorder:
         for block in self.blocks:
@@ -103,12 +118,15 @@ class ScoreRecorder:
                     f"Found insertion={block.insertion!r}. Scores are taken from the keys and values of prompts. Call "
                     "`model.base_model.set_insertion('keys_values')` first."
                 )
+        # Scores may be taken in a pass of their own while training is listened to.
+        self._observers = [block.observer for block in self.blocks]
+        for block in self.blocks:
             block.observer = self
         return self
 
     def __exit__(self, *error: object) -> None:
-        for block in self.blocks:
-            block.observer = None
+        for block, observer in zip(self.blocks, self._observers, strict=True):
+            block.observer = observer
 
     def __call__(
         self, block: PromptedBlock, prompts: torch.Tensor, normed: torch.Tensor, bias: torch.Tensor | None
@@ -136,6 +154,8 @@ class ScoreRecorder:
             batch_size: Number of images.
             retain_graph: Whether a backward pass will follow.
         """
+        with torch.enable_grad():
+            loss = loss * batch_size  # parts of a batch may have different sizes
         if self.kind != "norm":
             # What is checkpointed runs again, and shows its prompts again, in every backward pass: in this one, hence
             # the copy, and in one of the loop's own before, whose prompts have no part in this loss.
@@ -146,16 +166,27 @@ class ScoreRecorder:
             for (block, _, prompts), gradient in zip(watched, gradients, strict=False):
                 if gradient is not None:
                     self._add_block(block, prompts, gradient)
-            head = [gradient for gradient in gradients[len(tensors) :] if gradient is not None]
-            if self.mean is not None and self.clip is not None:
-                head = [self.mean(gradient) for gradient in head]
-            self._finish_batch(loss, batch_size, head)
-        else:
-            self._finish_batch(loss, batch_size, [])
+            head = [g for g in gradients[len(tensors) :] if g is not None]
+            before = self._head_gradients or [0] * len(head)
+            self._head_gradients = [total + gradient for total, gradient in zip(before, head, strict=True)]
         self._watched.clear()
+        self._batch[-2] += loss.detach()
+        self._num_images += batch_size
+        self._num_parts += 1
+        if self._num_parts == self.accumulation:
+            self._finish_parts()
+
+    def _finish_parts(self) -> None:
+        self._batch /= self._num_images
+        head = [gradient / self._num_images for gradient in self._head_gradients]
+        if self.mean is not None and self.clip is not None:
+            head = [self.mean(gradient) for gradient in head]
+        self._finish_batch(self._num_images, head)
 
     def collect(self, loss: torch.Tensor, batch_size: int, loss_scale: float = 1.0) -> None:
         """Adds the scores of one training step, `online=True`, from the gradients that its backward passes have left.
+
+        A step whose gradients are not finite, as with float16 while its scale is too large, is left out.
 
         Args:
             loss: Mean loss over the step's batch; with several processes, the number whose mean over them it is.
@@ -163,24 +194,30 @@ class ScoreRecorder:
             loss_scale: What the loss was multiplied by before the backward passes, as with float16.
         """
         head = [parameter.grad for parameter in self.head if parameter.grad is not None]
+        if self.kind != "norm" and not self._has_heard:
+            raise ValueError(
+                "Found no gradients of prompts since the last step. Online scores are heard in backward passes: run "
+                "forward and backward pass within the recorder's `with` block, with the adapter active."
+            )
         if self.kind != "norm" and self.clip is not None and self.head and not head:
             raise ValueError(
                 "Found no gradients of the head. Clipping scores needs them: call `collect` after the backward pass "
                 "and before `zero_grad`. Where they are kept elsewhere, as by DeepSpeed, set score_clip to null."
             )
-        self._step /= loss_scale
-        head = [_whole(gradient) / loss_scale for gradient in head]
-        self._finish_batch(loss, batch_size, head)
+        self._batch /= loss_scale
+        self._batch[-2] = loss.detach()
+        self._finish_batch(batch_size, [_whole(gradient) / loss_scale for gradient in head])
 
     @torch.no_grad()
     def _add_block(self, block: PromptedBlock, prompts: torch.Tensor, gradient: torch.Tensor) -> None:
         """Adds the scores of a block's prompts to those of the batch, from the gradient to what was watched."""
         rows = self.prompts[block.index].rows()
         if self._ids.get(block.index, (None,))[0] != rows:
-            ids = torch.tensor([owner * self.num_rows + row for owner, row in rows], device=self._step.device)
+            ids = torch.tensor([owner * self.num_rows + row for owner, row in rows], device=self._total.device)
             self._ids[block.index] = (rows, ids)
         scores = self._block_scores(block, prompts, gradient)
-        self._step.index_add_(0, self._ids[block.index][1], scores.to(self._step))
+        self._batch.index_add_(0, self._ids[block.index][1], scores.to(self._batch))
+        self._has_heard = True
 
     def _block_scores(self, block: PromptedBlock, prompts: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """Scores `(N,)` of a block's prompts from the gradient to what was watched."""
@@ -196,40 +233,48 @@ class ScoreRecorder:
         return (inner * (norm.eps / (variance[..., 0] + norm.eps))).sum(dim=0)
 
     @torch.no_grad()
-    def _finish_batch(self, loss: torch.Tensor, batch_size: int, head: list[torch.Tensor]) -> None:
+    def _finish_batch(self, batch_size: int, head: list[torch.Tensor]) -> None:
         """Clips the scores of a batch together with the gradients of the head, and adds them to the total."""
-        self._step[-1] = loss.detach() / (batch_size * self.num_processes)
+        batch = self._batch
+        batch[-2] /= batch_size * self.num_processes
+        batch[-1] = 1
         if self.mean is not None:
-            self._step = self.mean(self._step)
+            batch = self.mean(batch)
+        is_finite = batch.isfinite().all()
         if self.clip is not None and self.kind != "norm":
-            scores = self._step[:-1]
+            scores = batch[:-2]
             squares = scores.square().sum() + sum(g.to(scores.dtype).square().sum() for g in head)
+            is_finite &= squares.isfinite()
             scores *= (self.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        self._total += self._step
-        self._step = torch.zeros_like(self._step)
-        self.num_batches += 1
+        # Decided on the device, which need not be waited for.
+        self._total += torch.where(is_finite, batch, 0.0)
+        self._begin_batch()
 
     def result(self) -> PromptScores:
         """The scores, averaged over the batches."""
-        if not self.num_batches:
-            raise ValueError("Found no batches. Scores need at least one. Pass a dataloader that is not empty.")
+        if self._num_parts:
+            self._finish_parts()
         total = self._total.cpu().double()
+        if not total[-1]:
+            raise ValueError(
+                "Found no batches with a finite loss. Scores need at least one. Pass a dataloader that is not empty."
+            )
+        loss = total[-2].item()
         if self.kind != "norm":
-            return PromptScores(total[:-1] / self.num_batches, total[-1].item(), online=self.online)
+            return PromptScores(total[:-2] / total[-1], loss, online=self.online)
         pool = list(self.prompts.values())
         norms = torch.cat([_whole(p.prompt_embeddings.detach()).double().norm(dim=1).cpu() for p in pool])
         served = torch.tensor([block for prompts in pool for block in prompts.serves])
         sums = torch.zeros(int(served.max()) + 1, dtype=torch.float64).index_add_(0, served, norms)
-        return PromptScores(-norms / sums[served], total[-1].item(), float("-inf"), self.online)
+        return PromptScores(-norms / sums[served], loss, float("-inf"), self.online)
 
     def state_dict(self) -> dict[str, Any]:
         """The batches so far."""
-        return {"total": self._total.cpu(), "num_batches": self.num_batches}
+        return {"total": self._total.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reset()
         self._total.copy_(state["total"])
-        self.num_batches = state["num_batches"]
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
