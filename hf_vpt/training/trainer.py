@@ -65,11 +65,12 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in eight ways: a loss that is not finite stops training; the loss is
+    It differs from `transformers.Trainer` in nine ways: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; the head may have a learning rate and weight decay
     of its own; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
-    of the classes (`id2label.json`); checkpoints of whole models are restored completely; and checkpoints hold the
-    state of callbacks that have a `state_dict`, and say when they are whole.
+    of the classes (`id2label.json`); checkpoints of whole models are restored completely; checkpoints hold the state
+    of callbacks that have a `state_dict`, and say when they are whole; and FSDP2 shares the backbone out by
+    `hf_vpt.training.sharding`.
 
     Args:
         model: A model from `prepare_for_training`.
