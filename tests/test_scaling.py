@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from transformers import (
 )
 
 import hf_vpt  # noqa: F401 (tells PEFT about the methods)
-from hf_vpt.training import experiment, parse_arguments
+from hf_vpt.training import experiment, parse_arguments, train_classifier
+from hf_vpt.training.sharding import shard_blocks
 from hf_vpt.tuners import METHODS
 
 
@@ -33,23 +36,25 @@ CONFIGS = ROOT / "configs" / "accelerate"
 # The module, not the command, so that the script runs with the interpreter of the tests.
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--config_file")
 
-# Whatever is drawn at random while training differs between processes, so all dropouts are off. PRO-VPT clips by
-# batch, and the batches of a process are halves; the scores of attention are larger than the published one's, which
-# the norm's eps all but cancels, so that rounding does not decide what moves.
+# Whatever is drawn at random while training differs between processes, so all dropouts are off. The scores of
+# attention are larger than the published one's, which the norm's eps all but cancels, so that rounding does not
+# decide what moves.
 CASES = {
     "vpt": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0",
     "vpt_projected": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --projection_dim 4",
     "vpt_shallow": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --deep false",
     # Fewer rows than processes: one of them has an empty share.
-    "vpt_one_prompt": "--method vpt --num_virtual_tokens 1 --prompt_dropout 0 --head_learning_rate 1e-1",
+    "vpt_one_prompt": "--method vpt --num_virtual_tokens 1 --prompt_dropout 0 --optim adamw_torch",
     "vapt": "--method vapt --num_virtual_tokens 3 --prompt_dropout 0 --channel_dropout 0 --projector_dropout 0",
-    "provpt": "--method provpt --num_virtual_tokens 3 --prompt_dropout 0 --score_clip 1e9 --score attention",
+    "provpt": "--method provpt --num_virtual_tokens 3 --prompt_dropout 0 --score attention",
+    "provpt_online": "--method provpt --num_virtual_tokens 3 --prompt_dropout 0 --score attention --scoring online",
     "bpt": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4",
     "bpt_whitened": "--method bpt --num_virtual_tokens 3 --prompt_dropout 0 --rank 4 --basis twhiten",
     # What flows beside the tokens is no output of a block, which is what FSDP looks at.
     "swin_shallow": "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --deep false --model_name_or_path SWIN",
     "linear_probe": "--method linear_probe",
 }
+WITH_CHECKPOINTS = ("vpt", "vpt_one_prompt")
 WITHOUT_CHECKPOINTS = "--save_strategy no --eval_strategy no --no_load_best_model_at_end"
 BEGUN = "--method vpt --num_virtual_tokens 3 --prompt_dropout 0 --lr_scheduler_type constant --optim_args momentum=0.9"
 
@@ -91,8 +96,11 @@ def common(tmp_path_factory):
 def lines(common, folder, batch_size):
     """The command lines of all cases, with outputs in `folder`."""
     words = {name: f"{options} --output_dir {folder}/{name}" for name, options in CASES.items()}
-    # Checkpoints take the time; one case keeps them, and loads the best in the end.
-    words = {name: options if name == "vpt" else f"{options} {WITHOUT_CHECKPOINTS}" for name, options in words.items()}
+    # Checkpoints take the time; two cases keep them, and load the best in the end.
+    words = {
+        name: options if name in WITH_CHECKPOINTS else f"{options} {WITHOUT_CHECKPOINTS}"
+        for name, options in words.items()
+    }
     words["begun"] = f"{BEGUN} --output_dir {folder}/resumed --num_train_epochs 1"
     words["resumed"] = f"{BEGUN} --output_dir {folder}/resumed --resume_from_checkpoint last"
     batch = f"--per_device_train_batch_size {batch_size}"
@@ -110,15 +118,19 @@ def one_process(common, tmp_path_factory):
     return folder, train_many(lines(common, folder, 8))
 
 
+def environment():
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    return os.environ | variables
+
+
 def launch(config, common, folder, *options, without=()):
     """Train the cases in two processes with half the batch each; return the results."""
     file = folder / "cases.json"
     cases = {name: words for name, words in lines(common, folder, 4).items() if name not in without}
     file.write_text(json.dumps(cases))
     words = [*LAUNCH, str(CONFIGS / f"{config}.yaml"), str(ROOT / "tests" / "train_many.py"), str(file), *options]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(words, capture_output=True, text=True, env=os.environ | variables)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / "cases.json.results").read_text())
 
@@ -176,6 +188,38 @@ def test_a_backbone_shared_out_with_fsdp_learns_what_a_whole_one_does(common, on
 
 
 @pytest.mark.slow
+def test_two_machines_learn_what_one_process_does(common, tmp_path):
+    # Both are this one, with a process each.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}".split()
+    script = str(ROOT / "scripts" / "train.py")
+    words = lines(common, tmp_path, 4)["vpt"]
+    command = [*LAUNCH, str(CONFIGS / "multi_node.yaml"), *options]
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine_rank", str(rank), script, *words],
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for machine in machines:
+        _, errors = machine.communicate(timeout=300)
+        assert machine.returncode == 0, errors[-3000:]
+    metrics = json.loads((tmp_path / "vpt" / "metrics.json").read_text())
+    assert metrics["num_processes"] == 2
+    # The script as it is draws the prompts after loading, where `train_many` sets the seed anew.
+    one = train_classifier(parse_arguments([*lines(common, tmp_path / "one", 8)["vpt"]]))
+    assert one["num_processes"] == 1
+    expected, actual = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one/vpt", "vpt"))
+    for name, value in expected.items():
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeed_learns_what_one_process_does(common, one_process, tmp_path, stage):
     pytest.importorskip("deepspeed")
@@ -196,6 +240,22 @@ def test_prompts_that_move_and_deepspeed_are_an_error_that_names_what_to_launch(
     words = lines(common, tmp_path, 8)["provpt"]
     with pytest.raises(ValueError, match=r"PRO-VPT and DeepSpeed.*needs one process.*configs/accelerate/ddp\.yaml"):
         experiment.build_trainer(parse_arguments(words))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_quantized", "message"),
+    [
+        ({"fsdp_version": 1}, False, r"FSDP of version 1.*need FSDP2.*fsdp_version: 2"),
+        ({"cpu_ram_efficient_loading": True}, False, r"only one process has the weights.*efficient_loading: false"),
+        ({}, True, r"quantised backbone and FSDP.*either quantised or shared out.*ddp\.yaml"),
+    ],
+)
+def test_what_fsdp_cannot_share_out_is_an_error_that_names_the_setting(common, settings, is_quantized, message):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False} | settings)
+    model = ViTForImageClassification.from_pretrained(common.split()[1])
+    model.is_quantized = is_quantized
+    with pytest.raises(ValueError, match=message):
+        shard_blocks(model, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -75,13 +75,15 @@ class ClassificationLoss:
 class ImageClassificationTrainer(transformers.Trainer):
     """Trains a classifier, plain or adapted, as `hf_vpt.training.TrainingArguments` say.
 
-    It differs from `transformers.Trainer` in twelve ways: a loss that is not finite stops training; the loss is
+    It differs from `transformers.Trainer` in this: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; head and normalisation layers may have learning
     rates and weight decays of their own; schedules may change once an epoch; images may be mixed while training
     (mixup, CutMix); averaged weights (`ema_decay`) are scored and saved beside the last ones; of several equally good
     epochs the last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`);
     checkpoints of whole models are restored completely; checkpoints hold the state of callbacks that have a
-    `state_dict`, and say when they are whole; and a data set with `set_epoch` is always told the epoch.
+    `state_dict`, and say when they are whole, and only whole ones are gone on from; a data set with `set_epoch` is
+    always told the epoch; callbacks with `on_backward(loss, num_images)` are told of backward passes, those with
+    `close()` that training has ended, however it did; and FSDP2 shares the backbone out by `hf_vpt.training.sharding`.
 
     Args:
         model: A model from `prepare_for_training`.
