@@ -5,8 +5,9 @@
 
 All options but those below are those of scripts/train.py. Each of `--kills` runs gets SIGKILL at a moment drawn from
 the time that an undisturbed run takes, and is started again with `--resume_from_checkpoint auto`, in the same folder.
-Weights (`adapter_model.safetensors`) and `metrics.json` must then be those of the undisturbed run, bit for bit. Needs
-an operating system that can fork. The report, in Markdown, also goes to `report.md` in `--folder`.
+All weights (averaged ones too), `metrics.json` and `relocations.json` must then be those of the undisturbed run, bit for
+bit. Needs an operating system that can fork. The report, in Markdown, also goes to `report.md` in `--folder`, which must
+not exist yet.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from hf_vpt.training import parse_arguments, train_classifier
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete
 
 
-COMPARED = ("adapter_model.safetensors", "metrics.json")
+COMPARED = ("*model.safetensors", "ema/*model.safetensors", "metrics.json", "relocations.json")
 
 
 def start(options: list[str], folder: Path) -> int:
@@ -53,8 +54,9 @@ def finish(process: int) -> bool:
     return os.waitpid(process, 0)[1] == 0
 
 
-def files(folder: Path) -> list[bytes]:
-    return [(folder / name).read_bytes() if (folder / name).is_file() else b"" for name in COMPARED]
+def files(folder: Path) -> dict[str, bytes]:
+    found = [file for pattern in COMPARED for file in folder.glob(pattern)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in found}
 
 
 def main() -> int:
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("outputs/kill_and_resume"))
     own, options = parser.parse_known_args()
 
+    own.folder.mkdir(parents=True)
     deadline = time.monotonic() + 60 * own.minutes
     began = time.monotonic()
     if not finish(start(options, own.folder / "undisturbed")):
@@ -72,6 +75,7 @@ def main() -> int:
         return 1
     seconds = time.monotonic() - began
     expected = files(own.folder / "undisturbed")
+    print(f"Compared: {', '.join(expected)}")
 
     draws = random.Random(own.kill_seed)
     lines = ["| kill | after, % of a run | whole checkpoints | half-written | same ending |", "|---|---|---|---|---|"]

@@ -173,9 +173,10 @@ class RelocationCallback(TrainerCallback):
         if trainer.compute_loss_func is None:
             return trainer.model(**batch).loss
         labels = batch.pop("labels")
+        num_items = labels.numel()  # as Trainer counts them
         if getattr(trainer, "mixer", None) is not None:
             batch["pixel_values"], labels = trainer.mixer(batch["pixel_values"], labels)
-        return trainer.compute_loss_func(trainer.model(**batch), labels, num_items_in_batch=len(labels))
+        return trainer.compute_loss_func(trainer.model(**batch), labels, num_items_in_batch=num_items)
 
     def _relocate(self, scores: PromptScores) -> None:
         tuner, state = self.tuner, self.trainer.state
