@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from hf_vpt.benchmark import BACKBONES, BenchmarkArguments, run_benchmark, to_markdown
+from hf_vpt.benchmark import BENCHMARK_BACKBONES, BenchmarkArguments, run_benchmark, to_markdown
 
 
 @dataclass
@@ -40,8 +40,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()} CPU"
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     text = (
-        f"{BACKBONES[args.backbone].title}, {args.image_size} pixels, {args.dtype}, {args.attn_implementation}, "
-        f"{machine}, {args.num_threads} threads, {versions}; medians of {args.repeats}\n\n"
+        f"{BENCHMARK_BACKBONES[args.backbone].title}, {args.image_size} pixels, {args.dtype}, "
+        f"{args.attn_implementation}, {machine}, {args.num_threads} threads, {versions}; medians of {args.repeats}\n\n"
         f"    python {shlex.join(sys.argv)}\n\n{to_markdown(results)}"
     )
     print(text)

@@ -6,8 +6,8 @@
 All options but those below are those of scripts/train.py. Each of `--kills` runs gets SIGKILL at a moment drawn from
 the time that an undisturbed run takes, and is started again with `--resume_from_checkpoint auto`, in the same folder.
 All weights (averaged ones too), `metrics.json` and `relocations.json` must then be those of the undisturbed run, bit
-for bit. Needs an operating system that can fork. The report, in Markdown, also goes to `report.md` in `--folder`, which
-must not exist yet.
+for bit. Needs an operating system that can fork. The report, in Markdown, also goes to `report.md` in `--folder`,
+which must not exist yet.
 """
 
 from __future__ import annotations

@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_vpt import benchmark
-from hf_vpt.benchmark import FLOOR, VARIANTS, BenchmarkArguments, run_benchmark, to_markdown
+from hf_vpt.benchmark import (
+    BENCHMARK_BACKBONES,
+    FLOOR,
+    VARIANTS,
+    BenchmarkArguments,
+    run_benchmark,
+    to_markdown,
+)
+from hf_vpt.benchmark.measure import _share
 
 
 ROOT = Path(__file__).parents[1]
@@ -22,9 +29,9 @@ def tiny_backbone():
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=100
     )
-    tiny = dataclasses.replace(benchmark.BACKBONES["vit"], model_cls=ViTForImageClassification, config=config)
+    tiny = dataclasses.replace(BENCHMARK_BACKBONES["vit"], model_cls=ViTForImageClassification, config=config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(benchmark.BACKBONES, "vit", tiny)
+        patch.setitem(BENCHMARK_BACKBONES, "vit", tiny)
         yield
 
 
@@ -64,8 +71,8 @@ def test_variants_train_what_they_should_and_cost_what_they_must(results):
 
 
 def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
-    base = ViTForImageClassification(benchmark.BACKBONES["vit"].config).requires_grad_(False)
-    models = {name: make(benchmark._share(base), benchmark.BACKBONES["vit"], 3) for name, make in VARIANTS.items()}
+    base = ViTForImageClassification(BENCHMARK_BACKBONES["vit"].config).requires_grad_(False)
+    models = {name: make(_share(base), BENCHMARK_BACKBONES["vit"], 3) for name, make in VARIANTS.items()}
     frozen = {id(parameter) for parameter in base.parameters()}
     for name, model in models.items():
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

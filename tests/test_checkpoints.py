@@ -193,16 +193,9 @@ def test_checkpoints_know_how_many_of_them_are_to_be_kept(options, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 def test_killed_runs_that_go_on_end_as_one_that_was_left_alone(options, tmp_path):
-    words = [
-        sys.executable,
-        str(ROOT / "scripts" / "kill_and_resume.py"),
-        "--kills",
-        "4",
-        "--folder",
-        str(tmp_path / "runs"),
-    ]
-    words += [*options, "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps"]
-    done = subprocess.run([*words, "--eval_steps", "2"], capture_output=True, text=True)
+    words = [sys.executable, str(ROOT / "scripts" / "kill_and_resume.py"), "--kills", "4"]
+    words += ["--folder", str(tmp_path / "runs"), *options, "--save_strategy", "steps", "--save_steps", "2"]
+    done = subprocess.run([*words, "--eval_strategy", "steps", "--eval_steps", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "4 kills, 4 equal endings" in done.stdout
     assert json.loads((tmp_path / "runs" / "undisturbed" / "metrics.json").read_text())["method"] == "provpt"

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_vpt import BPTConfig, PROVPTConfig, VAPTConfig, VPTConfig
-from hf_vpt.cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
+from hf_vpt.benchmark import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
 
 
 B, T, N, D, RANK, BLOCKS, GRID = 4, 7, 5, 16, 2, 3, (2, 3)

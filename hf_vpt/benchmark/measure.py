@@ -1,75 +1,24 @@
-"""Prompts, baselines and other adapters side by side on one backbone with random weights: what each costs."""
+"""Time, operations and memory of all variants, measured in turn."""
 
 from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import PreTrainedModel
 
 from .cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
-from .tuners.bpt import BPTConfig
-from .tuners.provpt import PROVPTConfig
-from .tuners.vapt import VAPTConfig
-from .tuners.vpt import VPTConfig
+from .variants import BENCHMARK_BACKBONES, CONCATENATED, FLOOR, VARIANTS
 
 
-FLOOR = "frozen backbone, no prompts"
-CONCATENATED = ", concatenated"
 Mode = Literal["training", "inference"]
-
-
-@dataclass(frozen=True)
-class BenchmarkBackbone:
-    """A backbone to measure.
-
-    Attributes:
-        title: What people call it.
-        model_cls: Its class.
-        config: Its config values.
-        trained: The parameter that trains in the floor, of which all blocks are a function.
-        query_value: Names of the projections that LoRA adapts.
-    """
-
-    title: str
-    model_cls: type[PreTrainedModel]
-    config: PretrainedConfig
-    trained: str
-    query_value: tuple[str, ...] = ("q_proj", "v_proj")
-
-
-def _vit(title: str, **values: int) -> BenchmarkBackbone:
-    return BenchmarkBackbone(
-        title, ViTForImageClassification, ViTConfig(num_labels=100, **values), "vit.embeddings.cls_token"
-    )
-
-
-BACKBONES = {
-    "vit": _vit("ViT-B/16"),
-    "vit_small": _vit("ViT-S/16", hidden_size=384, num_attention_heads=6, intermediate_size=1536),
-    "vit_large": _vit(
-        "ViT-L/16", hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-    ),
-    "swin": BenchmarkBackbone(
-        "Swin-B",
-        SwinForImageClassification,
-        SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], num_labels=100),
-        "swin.embeddings.norm.bias",
-    ),
-}
+# What stays in evaluation mode: their frozen dropout and stochastic depth would be on, as those of prompts are not.
+IN_EVALUATION_MODE = (FLOOR, "linear probe", "LoRA, r = 8 on q and v", "full fine-tuning")
 
 
 @dataclass
@@ -149,61 +98,6 @@ class Measurement:
         return {**asdict(self), "images_per_second": self.images_per_second}
 
 
-def _adapter(make_config: Callable[[int], PeftConfig], insertion: str = "keys_values") -> Callable[..., nn.Module]:
-    def build(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
-        model = get_peft_model(base, make_config(num_virtual_tokens))
-        model.base_model.set_insertion(insertion)
-        return model.train()
-
-    return build
-
-
-def _floor(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
-    _train_copy(base, [measured.trained])
-    # In evaluation mode: prompts turn a frozen backbone's dropout and stochastic depth off as well.
-    return base.eval()
-
-
-def _linear_probe(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
-    _train_copy(base, [name for name, _ in base.named_parameters() if name.startswith("classifier.")])
-    return base.eval()
-
-
-def _full(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
-    _train_copy(base, [name for name, _ in base.named_parameters()])
-    return base.eval()
-
-
-def _lora(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
-    config = LoraConfig(r=8, target_modules=list(measured.query_value), modules_to_save=["classifier"])
-    return get_peft_model(base, config).eval()
-
-
-def _train_copy(model: nn.Module, names: Sequence[str]) -> None:
-    """Give a model parameters of its own, that train, in the place of some that it shares with others."""
-    for name in names:
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, nn.Parameter(model.get_parameter(name).detach().clone()))
-
-
-CONFIGS: dict[str, Callable[[int], PeftConfig]] = {
-    "VPT-Deep": lambda n: VPTConfig(num_virtual_tokens=n),
-    "VAPT": lambda n: VAPTConfig(num_virtual_tokens=n),
-    "PRO-VPT": lambda n: PROVPTConfig(num_virtual_tokens=n),
-    "BPT-Deep": lambda n: BPTConfig(num_virtual_tokens=n, rank=n),
-}
-# Each makes a model from a bare backbone, whose parameters it shares with all others, and a number of prompts.
-VARIANTS: dict[str, Callable[[PreTrainedModel, BenchmarkBackbone, int], nn.Module]] = {
-    FLOOR: _floor,
-    **{name: _adapter(config) for name, config in CONFIGS.items()},
-    "VPT-Shallow": _adapter(lambda n: VPTConfig(num_virtual_tokens=n, deep=False)),
-    **{name + CONCATENATED: _adapter(config, "tokens") for name, config in CONFIGS.items()},
-    "linear probe": _linear_probe,
-    "LoRA, r = 8 on q and v": _lora,
-    "full fine-tuning": _full,
-}
-
-
 def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lambda line: None) -> list[Measurement]:
     """Measure what the arguments ask for; every round runs each variant in turn.
 
@@ -215,7 +109,7 @@ def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lamb
         ValueError: A name is unknown.
     """
     _check(args)
-    measured = BACKBONES[args.backbone]
+    measured = BENCHMARK_BACKBONES[args.backbone]
     config = copy.deepcopy(measured.config)
     config.image_size = args.image_size
     config._attn_implementation = args.attn_implementation
@@ -267,7 +161,7 @@ def _measure_round(
     runs, forwards = {}, {}
     for name, model in models.items():
         called = torch.compile(model) if args.compile else model
-        model.train(mode == "training" and name not in (FLOOR, "linear probe", "full fine-tuning"))
+        model.train(mode == "training" and name not in IN_EVALUATION_MODE)
         forwards[name] = _forward(called, images, labels, args, grad=mode == "training")
         runs[name] = _step(model, forwards[name]) if mode == "training" else forwards[name]
     seconds = interleaved_seconds(runs, args.repeats, device=args.device)
@@ -306,28 +200,3 @@ def _step(model: nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[],
         forward().backward()
 
     return run
-
-
-def to_markdown(results: Sequence[Measurement]) -> str:
-    """One table for each mode, batch size and number of prompts."""
-    tables = []
-    settings = dict.fromkeys((r.mode, r.batch_size, r.num_virtual_tokens) for r in results)
-    for mode, batch_size, number in settings:
-        rows = [r for r in results if (r.mode, r.batch_size, r.num_virtual_tokens) == (mode, batch_size, number)]
-        floor = rows[0]
-        counted = floor.flops is not None
-        header = ["× floor", "seconds (quartiles)", "images/s", "tuned, without head"]
-        header += ["× FLOPs", "× bytes kept", "× peak memory"] if counted else []
-        lines = [f"**{mode}, B = {batch_size}, N = {number}**\n", f"| | {' | '.join(header)} |"]
-        lines.append("|" + "---|" * (len(header) + 1))
-        for row in rows:
-            low, middle, high = statistics.quantiles(row.seconds, n=4) if len(row.seconds) > 1 else 3 * row.seconds
-            cells = [f"{row.over_floor:.2f}", f"{middle:.3g} ({low:.3g} – {high:.3g})", f"{row.images_per_second:.3g}"]
-            cells.append(f"{row.trained_parameters:,}")
-            if counted:
-                for name in ("flops", "saved_bytes", "peak_bytes"):
-                    value, reference = getattr(row, name), getattr(floor, name)
-                    cells.append("–" if not value or not reference else f"{value / reference:.2f}")
-            lines.append(f"| {row.variant} | {' | '.join(cells)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
