@@ -68,7 +68,7 @@ def test_script_trains_with_python_and_options_override_the_file(config, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "scoring"), [("vpt", None), ("provpt", "separate"), ("provpt", "online")])
+@pytest.mark.parametrize(("method", "scoring"), [("vpt", None), ("provpt", "online")])
 def test_two_processes_reach_the_weights_of_one(config, tmp_path, method, scoring):
     # Adam would turn rounding errors of gradients near zero into whole steps, hence SGD.
     options = ["--method", method, "--prompt_dropout", "0", "--optim", "sgd", "--no_load_best_model_at_end"]
