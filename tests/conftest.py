@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from hf_vpt import BACKBONES as RECORDS
 from hf_vpt import METHODS
@@ -299,3 +299,20 @@ def output_of(model: torch.nn.Module, pixel_values: torch.Tensor, **kwargs) -> t
     """Logits where a model has them, otherwise its last hidden state."""
     output = model(**inputs_of(model, pixel_values, **kwargs))
     return output.logits if "logits" in output else output.last_hidden_state
+
+
+class StopAt(TrainerCallback):
+    """Ends training at a step, as a kill right after the checkpoint of that step would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerance: float) -> None:
+    """The same names, and tensors that differ by no more than the tolerance."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)

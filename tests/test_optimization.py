@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ADAPTERS, BACKBONES
+from conftest import ADAPTERS, BACKBONES, StopAt, assert_same
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -55,12 +55,6 @@ def trained(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def assert_same(actual, expected, **tolerance):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
-
-
 class Record(TrainerCallback):
     """Note learning rates before, and trained weights after, each optimiser step."""
 
@@ -72,16 +66,6 @@ class Record(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.states.append(trained(model))
-
-
-class StopAt(TrainerCallback):
-    """End training after a step, as a kill behind a checkpoint would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 def found_groups(trainer):

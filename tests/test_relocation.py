@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from by_hand import concatenate_run_strip
-from conftest import BACKBONES, IMAGE_SIZE
+from conftest import BACKBONES, IMAGE_SIZE, StopAt, assert_same
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -81,12 +81,6 @@ def train(model: nn.Module, folder, data=None, callbacks=(), resume=None, **sett
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
     return state | {f"block {p.index}": p.block.clone() for p in model.base_model.pool()}
-
-
-def assert_same(found: dict, expected: dict, **tolerance) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 class PublishedProcedure:
@@ -403,16 +397,6 @@ def test_a_policy_restored_half_way_goes_on_as_if_it_had_never_stopped(policy_cl
     second.load_state_dict(torch.load(tmp_path / "policy.pt", weights_only=True))
     rewards = [1.0, -0.5, 0.25, 0.0, -2.0, 1.0, 0.5, 0.75]
     assert go_on(second, rewards) == go_on(first, rewards)
-
-
-class StopAt(TrainerCallback):
-    """Ends training at a step, as a kill right after a checkpoint would."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop |= state.global_step == self.step
 
 
 @pytest.mark.parametrize("step", [3, 4, 8])

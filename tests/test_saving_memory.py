@@ -5,7 +5,8 @@ import math
 import pytest
 import test_training
 import torch
-from test_training import assert_same, trained_state
+from conftest import assert_same
+from test_training import trained_state
 
 from hf_vpt.training import build_trainer
 from hf_vpt.tuners import METHODS

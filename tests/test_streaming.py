@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import StopAt
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
-from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from hf_vpt.training import (
     ImageClassificationTrainer,
@@ -108,22 +109,12 @@ def test_resumed_run_on_a_stream_ends_where_an_uninterrupted_one_ends(settings, 
         steps = ["--max_steps", "12", "--eval_steps", "7"]
         if interrupted:
             trainer, _ = build_trainer(settings(method, *options, steps=steps))
-            trainer.add_callback(StopAtStep(7))  # 112 images, in the fourth pass over 32
+            trainer.add_callback(StopAt(7))  # 112 images, in the fourth pass over 32
             trainer.train()
             options += ["--resume_from_checkpoint", "last"]
         train_classifier(settings(method, *options, steps=steps))
         final.append((folder / "adapter_model.safetensors").read_bytes())
     assert final[0] == final[1]
-
-
-class StopAtStep(TrainerCallback):
-    """End training at a step, as a kill after the checkpoint of that step would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or state.global_step == self.step
 
 
 def test_streaming_without_a_number_of_steps_is_refused_with_what_to_do(settings):

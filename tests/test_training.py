@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, output_of
+from conftest import BACKBONES, StopAt, output_of
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
@@ -118,12 +118,6 @@ def make_trainer(model, folder, train=None, **kwargs):
 
 def trained_state(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def assert_same(actual, expected, **tolerance):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_metrics_agree_with_scikit_learn():
@@ -360,16 +354,6 @@ class StopAfterFirstEpoch(TrainerCallback):
         control.should_training_stop = True
 
 
-class StopAtStep(TrainerCallback):
-    """End training at a step, as a kill after the checkpoint of that step would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or state.global_step == self.step
-
-
 def test_run_resumed_inside_an_epoch_sees_the_augmentations_of_an_uninterrupted_one(settings, tmp_path):
     # Regression: the loader works one batch ahead, so a random state that was saved inside an epoch did not fit.
     options = [
@@ -388,7 +372,7 @@ def test_run_resumed_inside_an_epoch_sees_the_augmentations_of_an_uninterrupted_
         own = [*options, "--output_dir", str(folder), "--dataloader_num_workers", str(workers)]
         if interrupted:
             trainer, _ = build_trainer(settings("vpt", *own))
-            trainer.add_callback(StopAtStep(4))  # three steps an epoch
+            trainer.add_callback(StopAt(4))  # three steps an epoch
             trainer.train()
             own += ["--resume_from_checkpoint", "last"]
         train_classifier(settings("vpt", *own))

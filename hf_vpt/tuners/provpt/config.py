@@ -26,7 +26,7 @@ class PROVPTConfig(PromptConfig):
     Args:
         num_virtual_tokens: Prompts N in a block at the start; published: 20.
         prompt_dropout: Published: 0.1.
-        score: How idle a prompt is; docs/provpt.md compares what they do. `"gate"`, the published score, is the gradient of the loss to a factor 1 on the
+        score: How idle a prompt is. `"gate"`, the published score, is the gradient of the loss to a factor 1 on the
             prompt. `"attention"` is the gradient to a bias 0 on the prompt's attention logits, the first-order change
             of the loss when the prompt is taken away, which is ours. `"norm"` is −‖P_k‖ over the sum in its block.
         scoring: Where scores come from while `hf_vpt.training` trains. `"separate"`, as published: a pass of its own
