@@ -27,7 +27,7 @@ from hf_vpt.tuners import METHODS
 
 CLASSES = ["cat", "dog", "emu"]
 METHOD_OPTIONS = {
-    "bpt": ["--rank", "8", "--basis", "fwhiten", "--num_whitening_images", "9"],
+    "bpt": ["--rank", "8", "--basis", "twhiten", "--num_whitening_images", "9"],
     "provpt": ["--scoring", "online", "--relocation_steps", "3", "--allocation", "random"],
 }
 
@@ -87,9 +87,13 @@ def settings(backbone, data_folders, tmp_path):
 @pytest.mark.parametrize("kind", ["images", "parquet"])
 @pytest.mark.parametrize("method", ["vpt", "bpt"])
 def test_run_on_a_stream_learns_and_says_what_it_did(settings, tmp_path, method, kind):
-    results = train_classifier(settings(method, "--augmentation", "none", kind=kind, steps=["--max_steps", "90"]))
-    # Better than guessing; a fixed basis learns slowly in a backbone as narrow as this one.
-    assert results["test_loss"] < (0.9 if method == "vpt" else 1.0) * math.log(len(CLASSES))
+    results = train_classifier(
+        settings(
+            method, "--augmentation", "none", "--head_learning_rate", "0.5", kind=kind, steps=["--max_steps", "90"]
+        )
+    )
+    # Better than guessing.
+    assert results["test_loss"] < 0.9 * math.log(len(CLASSES))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == results
     # Files are listed, and divided as without streaming; 90 steps of 8 are many passes over either.

@@ -6,9 +6,9 @@ import json
 import pytest
 import test_training
 import torch
-from conftest import ADAPTERS, BACKBONES
+from conftest import ADAPTERS, BACKBONES, assert_same
 from peft import PeftModel, get_peft_model
-from test_training import CLASSES, assert_same, make_trainer, trained_state
+from test_training import CLASSES, make_trainer, trained_state
 from torch.nn import functional as F
 from transformers import TrainerCallback, set_seed
 
