@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from packaging.version import Version
 from peft import PeftModel
 from PIL import Image
 from safetensors.numpy import load_file
@@ -27,14 +29,15 @@ from transformers import (
 
 import hf_vpt  # noqa: F401 (tells PEFT about the methods)
 from hf_vpt.training import experiment, parse_arguments, train_classifier
-from hf_vpt.training.sharding import shard_blocks
+from hf_vpt.training.sharding import FIRST_ACCELERATE, shard_blocks
 from hf_vpt.tuners import METHODS
 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"
 # The module, not the command, so that the script runs with the interpreter of the tests.
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--config_file")
+# Any free port: tests run beside one another.
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", "no", "--main_process_port", "0")
 
 # Whatever is drawn at random while training differs between processes, so all dropouts are off. The scores of
 # attention are larger than the published one's, which the norm's eps all but cancels, so that rounding does not
@@ -129,7 +132,14 @@ def launch(config, common, folder, *options, without=()):
     file = folder / "cases.json"
     cases = {name: words for name, words in lines(common, folder, 4).items() if name not in without}
     file.write_text(json.dumps(cases))
-    words = [*LAUNCH, str(CONFIGS / f"{config}.yaml"), str(ROOT / "tests" / "train_many.py"), str(file), *options]
+    words = [
+        *LAUNCH,
+        "--config_file",
+        str(CONFIGS / f"{config}.yaml"),
+        str(ROOT / "tests" / "train_many.py"),
+        str(file),
+        *options,
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / "cases.json.results").read_text())
@@ -176,6 +186,7 @@ def test_two_processes_reach_the_weights_of_one_with_every_method(common, one_pr
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(Version(accelerate.__version__) < FIRST_ACCELERATE, reason="needs a newer Accelerate")
 def test_a_backbone_shared_out_with_fsdp_learns_what_a_whole_one_does(common, one_process, tmp_path):
     results = launch("fsdp2", common, tmp_path, "--emulate_gpus")
     # Accelerate drops FSDP on a CPU and says nothing.
@@ -217,6 +228,13 @@ def test_two_machines_learn_what_one_process_does(common, tmp_path):
     expected, actual = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("one/vpt", "vpt"))
     for name, value in expected.items():
         np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_adapters_under_fsdp_need_an_accelerate_that_loads_their_checkpoints(common, tmp_path, monkeypatch):
+    trainer, _ = experiment.build_trainer(parse_arguments(lines(common, tmp_path, 8)["vpt"]))
+    monkeypatch.setattr(accelerate, "__version__", "1.14.0")
+    with pytest.raises(ImportError, match=r"Accelerate 1\.14\.0 and an adapter.*from 1\.15\.0 on.*pip install"):
+        shard_blocks(trainer.model, trainer.accelerator)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ SCRIPT = str(ROOT / "scripts" / "train.py")
 # The module, not the command, so that the script runs with the interpreter of the tests.
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
-    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 ]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import accelerate
 import torch
 from accelerate import Accelerator
+from packaging.version import Version
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -13,6 +15,10 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from ..backbones import BACKBONES, find_backbone
 from ..tuners.base import Prompts
+
+
+# Before, the processes behind the first one did not get an adapter's tensors from a checkpoint.
+FIRST_ACCELERATE = Version("1.15.0")
 
 
 def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
@@ -30,12 +36,19 @@ def shard_blocks(model: nn.Module, accelerator: Accelerator) -> None:
         accelerator: What the settings of FSDP are read from.
 
     Raises:
+        ImportError: If Accelerate is too old for adapters under FSDP.
         ValueError: If the settings ask for FSDP1 or for loading that leaves the weights in the first process, or if
             the backbone is quantised.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(base.config, "model_type", None) not in BACKBONES:
         return
+    if isinstance(model, PeftModel) and Version(accelerate.__version__) < FIRST_ACCELERATE:
+        raise ImportError(
+            f"Found Accelerate {accelerate.__version__} and an adapter under FSDP. Checkpoints of adapters are loaded "
+            f"in all processes from {FIRST_ACCELERATE} on. Install it with `pip install 'accelerate>="
+            f"{FIRST_ACCELERATE}'`, or launch with configs/accelerate/ddp.yaml."
+        )
     plugin = accelerator.state.fsdp_plugin
     if getattr(base, "is_quantized", False):
         raise ValueError(
