@@ -207,7 +207,7 @@ def test_two_machines_learn_what_one_process_does(common, tmp_path):
     options = f"--num_machines 2 --num_processes 2 --main_process_ip 127.0.0.1 --main_process_port {port}".split()
     script = str(ROOT / "scripts" / "train.py")
     words = lines(common, tmp_path, 4)["vpt"]
-    command = [*LAUNCH, str(CONFIGS / "multi_node.yaml"), *options]
+    command = [*LAUNCH, "--config_file", str(CONFIGS / "multi_node.yaml"), *options]
     machines = [
         subprocess.Popen(
             [*command, "--machine_rank", str(rank), script, *words],
