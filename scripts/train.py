@@ -41,6 +41,11 @@ def main() -> None:
             f"{results['trained_parameters']:,} trained parameters of which "
             f"{results['trained_parameters_without_head']:,} outside the head."
         )
+        if "test_ema_accuracy" in results:
+            print(
+                f"Averaged weights: test accuracy {results['test_ema_accuracy']:.4f}, validation accuracy "
+                f"{results['validation_ema_accuracy']:.4f}, in the subfolder ema."
+            )
         print(f"Saved in {settings.training.output_dir}")
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from hf_vpt.training import build_trainer, checkpoints, parse_arguments, train_classifier
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete, mark_complete, mark_incomplete
+from hf_vpt.training.identity import RunIdentity
 
 
 ROOT = Path(__file__).parents[1]
@@ -188,6 +189,42 @@ def test_checkpoints_know_how_many_of_them_are_to_be_kept(options, tmp_path):
     run(options, tmp_path, "--num_train_epochs", "2", "--save_total_limit", "3")
     folder, _ = find_checkpoints(tmp_path)
     assert torch.load(folder / "training_args.bin", weights_only=False).save_total_limit == 3
+
+
+@pytest.mark.parametrize(
+    "changed", ["--split_seed 3", "--validation_fraction 0.3", "--method vpt", "--dataset_name elsewhere"]
+)
+def test_a_run_goes_on_only_with_the_data_and_the_method_it_began_with(options, tmp_path, changed):
+    name, value = changed.removeprefix("--").split()
+    run(options, tmp_path, "--num_train_epochs", "2")
+    settings = parse_arguments(options)
+    for part in (settings.model, settings.data):
+        if hasattr(part, name):
+            setattr(part, name, type(getattr(part, name))(value))
+    identity = RunIdentity(settings.model, settings.data)
+    with pytest.raises(ValueError, match=rf"made with {name} \S+, and a run with {name} {value}.*another output_dir"):
+        checkpoints.load_callbacks([identity], find_checkpoints(tmp_path)[0])
+
+
+def test_another_division_of_the_data_is_refused_before_training(options, tmp_path):
+    run(options, tmp_path, "--num_train_epochs", "2")
+    with pytest.raises(ValueError, match="split_seed 0, and a run with split_seed 3"):
+        run(options, tmp_path, "--split_seed", "3", "--resume_from_checkpoint", "auto")
+    # Lengths may change.
+    run(options, tmp_path, "--num_train_epochs", "3", "--resume_from_checkpoint", "auto")
+
+
+def test_a_checkpoint_that_does_not_exist_is_an_error_that_says_so(options, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'.*'last' or 'auto'"):
+        run(options, tmp_path, "--resume_from_checkpoint", "nowhere")
+
+
+def test_processes_that_would_train_alone_in_one_folder_are_refused(options, tmp_path, monkeypatch):
+    settings = parse_arguments([*options, "--output_dir", str(tmp_path)])
+    assert settings.training.world_size == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes of which each would train alone.*add --use_cpu"):
+        build_trainer(settings)
 
 
 @pytest.mark.slow

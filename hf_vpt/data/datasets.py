@@ -159,6 +159,11 @@ def _load(
         # A folder of image files is listed, not streamed: a stream of it has one class after the other.
         streaming = streaming and not is_listed(load_dataset_builder(str(folder), config_name, cache_dir=cache_dir))
         return load_dataset(str(folder), config_name, cache_dir=cache_dir, streaming=streaming)
+    if name.startswith(("vtab/", "fgvc/")):
+        raise ValueError(
+            f"Found the benchmark '{name}', whose sources this release does not know yet. A folder or an id on the "
+            "Hub is needed: pass the one that has its images with --dataset_name."
+        )
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(
             f"There is no folder '{name}'. A data set is 'digits', an existing folder, or an id on the Hub such as "

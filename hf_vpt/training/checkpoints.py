@@ -120,6 +120,11 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> s
     """
     word = str(wanted).lower()
     if word not in ("true", "last", "auto"):
+        if wanted and not Path(wanted).is_dir():
+            raise FileNotFoundError(
+                f"There is no folder '{wanted}'. A run goes on from a checkpoint's folder, or from 'last' or 'auto' "
+                "in its output_dir: correct resume_from_checkpoint."
+            )
         if wanted and not is_complete(wanted):
             raise ValueError(
                 f"'{wanted}' was not written to its end, or not by an ImageClassificationTrainer. A run needs all of "
@@ -128,6 +133,7 @@ def checkpoint_to_resume(wanted: str | bool | None, output_dir: str | Path) -> s
         return wanted or None
     for checkpoint in find_checkpoints(output_dir):
         if is_complete(checkpoint):
+            logger.warning(f"Going on from '{checkpoint}'.")
             return str(checkpoint)
         logger.warning(f"'{checkpoint}' was not written to its end and is passed over.")
     if word == "auto":

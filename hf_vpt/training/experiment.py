@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from importlib import metadata
@@ -14,6 +15,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data import collate_images, load_image_dataset
+from .identity import RunIdentity
 from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
@@ -104,6 +106,12 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
     model_args, data_args, training_args, peft_config = settings
     if data_args.streaming:
         count_in_steps(training_args, peft_config)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and training_args.world_size == 1:
+        raise ValueError(
+            f"Found {started} processes of which each would train alone and write to '{training_args.output_dir}'. "
+            "They need to know that they belong together: on a CPU, add --use_cpu."
+        )
     # The head and the prompts are drawn before Trainer sets the seed.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
     with training_args.main_process_first(desc="load the data set"):
@@ -145,6 +153,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         processing_class=processor,
         compute_metrics=ComputeMetrics(),
     )
+    trainer.add_callback(RunIdentity(model_args, data_args))
     num_classes = data["train"].features["label"].num_classes
     if training_args.plateau_patience:
         trainer.add_callback(PlateauWarning(num_classes, training_args.plateau_patience))

@@ -16,6 +16,7 @@ from ..hub import add_loading_lines
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
+from .identity import RunIdentity
 from .mixing import make_mixer
 from .models import save_label_names
 from .optimizer import group_by_role
@@ -120,6 +121,10 @@ class ImageClassificationTrainer(transformers.Trainer):
             resume_from_checkpoint: See `hf_vpt.training.checkpoints.checkpoint_to_resume`.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            # Before weights are loaded, which may not even fit.
+            identities = [c for c in self.callback_handler.callbacks if isinstance(c, RunIdentity)]
+            load_callbacks(identities, checkpoint)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
