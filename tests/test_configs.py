@@ -67,7 +67,7 @@ BAD = {
         "relocation_steps": [value for value in COUNTS if value is not None] + [1],
         "relocation_scale": [*POSITIVES, None],
     },
-    "bpt": {"rank": COUNTS, "basis": CHOICES},
+    "bpt": {"rank": COUNTS, "basis": CHOICES, "num_whitening_images": COUNTS},
 }
 
 
