@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ADAPTERS, BACKBONES, StopAt, assert_same
+from conftest import ADAPTERS, BACKBONES, KEEP_BEST, StopAt, assert_same
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -246,9 +246,7 @@ def test_early_stopping_can_watch_the_averaged_weights(tmp_path):
         tmp_path,
         num_train_epochs=4,
         ema_decay=0.9,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
+        **KEEP_BEST,
         metric_for_best_model="ema_accuracy",
         compute_metrics=lambda prediction: {"accuracy": next(scores)},
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
@@ -274,9 +272,7 @@ def test_averaged_weights_of_checkpoints_and_of_the_best_epoch_are_whole_models(
         learning_rate=learning_rate,
         num_train_epochs=3,
         ema_decay=0.5,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
+        **KEEP_BEST,
         metric_for_best_model="accuracy",
         compute_metrics=lambda prediction: {"accuracy": next(scores)},
         callbacks=[RecordAverages()],

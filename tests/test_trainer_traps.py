@@ -6,7 +6,7 @@ import json
 import pytest
 import test_training
 import torch
-from conftest import ADAPTERS, BACKBONES, assert_same
+from conftest import ADAPTERS, BACKBONES, KEEP_BEST, assert_same
 from peft import PeftModel, get_peft_model
 from test_training import CLASSES, make_trainer, trained_state
 from torch.nn import functional as F
@@ -190,6 +190,14 @@ class RecordEpochs(TrainerCallback):
         self.states.append(trained_state(model))
 
 
+def train_three_epochs(model, folder, compute_metrics, **settings):
+    """Train, keeping the best epoch; return the weights after each."""
+    recorder = RecordEpochs()
+    settings = {"num_train_epochs": 3, "learning_rate": 0.1, **KEEP_BEST, **settings}
+    make_trainer(model, folder, compute_metrics=compute_metrics, callbacks=[recorder], **settings).train()
+    return recorder.states
+
+
 @pytest.mark.parametrize("kind", ["adapter", "whole model"])
 def test_best_epoch_is_restored_with_its_head(lora_model, backbone, tmp_path, kind):
     # Regression: Trainer restored the head of a whole ViT alone, because checkpoints name the blocks differently.
@@ -198,20 +206,9 @@ def test_best_epoch_is_restored_with_its_head(lora_model, backbone, tmp_path, ki
         model = load_classifier(ModelArguments(model_name_or_path=backbone), CLASSES)
     # Two epochs are equally good; the later one has learned more.
     scores = iter([0.9, 0.9, 0.5])
-    recorder = RecordEpochs()
-    make_trainer(
-        model,
-        tmp_path,
-        num_train_epochs=3,
-        learning_rate=0.1,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        compute_metrics=lambda prediction: {"accuracy": next(scores)},
-        callbacks=[recorder],
-    ).train()
-    assert_same(trained_state(model), recorder.states[1], rtol=0, atol=0)
-    last = [list(state.values())[-1] for state in recorder.states]
+    states = train_three_epochs(model, tmp_path, lambda prediction: {"accuracy": next(scores)})
+    assert_same(trained_state(model), states[1], rtol=0, atol=0)
+    last = [list(state.values())[-1] for state in states]
     assert not torch.equal(last[1], last[0])
     assert not torch.equal(last[1], last[2])
 
@@ -224,20 +221,9 @@ def test_the_best_epoch_is_found_by_any_score_under_either_name(settings, metric
 
 def test_a_score_that_says_where_best_is_low_keeps_the_epoch_with_the_lowest(lora_model, tmp_path):
     scores = iter([0.3, 0.1, 0.2])
-    recorder = RecordEpochs()
-    make_trainer(
-        lora_model,
-        tmp_path,
-        num_train_epochs=3,
-        learning_rate=0.1,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="error_loss",
-        compute_metrics=lambda prediction: {"error_loss": next(scores)},
-        callbacks=[recorder],
-    ).train()
-    assert_same(trained_state(lora_model), recorder.states[1], rtol=0, atol=0)
+    metric = {"metric_for_best_model": "error_loss"}
+    states = train_three_epochs(lora_model, tmp_path, lambda prediction: {"error_loss": next(scores)}, **metric)
+    assert_same(trained_state(lora_model), states[1], rtol=0, atol=0)
 
 
 # Files

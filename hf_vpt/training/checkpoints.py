@@ -80,12 +80,17 @@ def mark_complete(folder: str | Path) -> None:
     """
     folder = Path(folder)
     sizes = {str(file.relative_to(folder)): file.stat().st_size for file in _files(folder)}
-    draft = folder / f"{MANIFEST_FILE}.draft"
+    write_whole(folder / MANIFEST_FILE, json.dumps(sizes, indent=2))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file in one go: whenever the process is killed, the old or the new one is there."""
+    draft = file.with_name(f"{file.name}.draft")
     with draft.open("w", encoding="utf-8") as stream:
-        json.dump(sizes, stream, indent=2)
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-    draft.replace(folder / MANIFEST_FILE)
+    draft.replace(file)
 
 
 def is_complete(folder: str | Path) -> bool:

@@ -64,9 +64,10 @@ def group_by_role(
     for group in list(optimizer.param_groups):
         for role, (learning_rate, weight_decay) in settings.items():
             owned = [p for p in group["params"] if roles[p] == role]
-            weights = [p for p in owned if p in decayed or (role == "norms" and p in scales)]
-            biases = [p for p in owned if p not in set(weights)]
-            group["params"] = [p for p in group["params"] if p not in set(owned)]
+            group["params"] = [p for p in group["params"] if roles[p] != role]
+            has_decay = decayed | scales if role == "norms" else decayed
+            weights = [p for p in owned if p in has_decay]
+            biases = [p for p in owned if p not in has_decay]
             for members, decay in ((weights, weight_decay), (biases, None)):
                 if not members:
                     continue

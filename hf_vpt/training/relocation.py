@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuners.provpt import PromptScores, PROVPTConfig, PROVPTModel, ScoreRecorder
+from .checkpoints import write_whole
 from .trainer import ImageClassificationTrainer
 
 
@@ -191,9 +192,7 @@ class RelocationCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             folder = Path(self.trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            draft = folder / f"{RELOCATIONS_FILE}.draft"
-            draft.write_text(json.dumps(self.rounds, indent=1) + "\n", encoding="utf-8")
-            draft.replace(folder / RELOCATIONS_FILE)
+            write_whole(folder / RELOCATIONS_FILE, json.dumps(self.rounds, indent=1) + "\n")
         entry = {
             "relocation_prompt": move.prompt,
             "relocation_source": move.source,
