@@ -2,12 +2,13 @@
 
 from .access import AttentionAccess, LinearProjections, StateOnModule
 from .interface import INSERTED, InsertedPrompts, InterfaceAttention
-from .keys_values import PromptKeysValues, insert_into_mask
+from .keys_values import BakedKeysValues, PromptKeysValues, insert_into_mask
 
 
 __all__ = [
     "INSERTED",
     "AttentionAccess",
+    "BakedKeysValues",
     "InsertedPrompts",
     "InterfaceAttention",
     "LinearProjections",

@@ -8,7 +8,7 @@ import torch
 from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, get_bnb_param_type
 from torch import nn
 
-from .keys_values import PromptKeysValues
+from .keys_values import BakedKeysValues, PromptKeysValues
 
 
 def linear_weight(layer: nn.Module) -> torch.Tensor:
@@ -26,6 +26,9 @@ class AttentionAccess:
     result over; the attention function of this access finds it. A kind of attention module is one subclass.
     """
 
+    # Attribute of the attention module that holds keys and values which do not come as an argument.
+    attribute = "hfvpt_keys_values"
+
     def check(self, block: nn.Module) -> None:
         """Raises `ValueError` if a block of the family is not one that prompts can get into; changes nothing."""
 
@@ -40,6 +43,13 @@ class AttentionAccess:
     def is_open(self, attention: nn.Module) -> bool:
         """Whether prompts can get in."""
         raise NotImplementedError
+
+    def bake(self, attention: nn.Module, keys_values: PromptKeysValues) -> None:
+        """Leaves keys and values on the attention module for good, for every forward pass from now on."""
+        self.open(attention)
+        baked = BakedKeysValues(keys_values.key.contiguous(), keys_values.value.contiguous())
+        vars(attention).pop(self.attribute, None)
+        setattr(attention, self.attribute, baked)
 
     def project(
         self, attention: nn.Module, normed: torch.Tensor, num_queries: int = 0
@@ -111,8 +121,6 @@ class StateOnModule(AttentionAccess):
     For families whose block takes no keyword arguments. Such a block must not be checkpointed below the prompts:
     what is computed anew would look for them when they are gone.
     """
-
-    attribute = "hfvpt_keys_values"
 
     def prompted_class(self, attention: nn.Module) -> type[nn.Module]:
         """The subclass of the attention module's class that reads what was handed over.

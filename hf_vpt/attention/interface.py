@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .access import LinearProjections
+from .access import AttentionAccess, LinearProjections
 from .block_masks import for_flex_attention
 from .keys_values import PromptKeysValues, insert_into_mask
 
@@ -67,7 +67,8 @@ def prompted_attention(
     if module.config.relayed:
         given, module.config.relayed = module.config.relayed, {}
     kwargs = {name: value for name, value in kwargs.items() if name not in (KEYS_VALUES, INSERTED)}
-    prompts, inserted = given.get(KEYS_VALUES), given.get(INSERTED)
+    prompts = given.get(KEYS_VALUES, getattr(module, AttentionAccess.attribute, None))
+    inserted = given.get(INSERTED)
     config = module.config.unprompted
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, module.config.eager_attention)
     if inserted is not None:

@@ -75,6 +75,21 @@ class PromptKeysValues:
         self.attended = mean_over_windows(output.flatten(2), len(self.query))
 
 
+class BakedKeysValues(nn.Module, PromptKeysValues):
+    """Keys and values that stay on an attention module, as buffers: prompts that are the same for every image.
+
+    Args:
+        key: `(1, heads, N, head_dim)`.
+        value: `(1, heads, N, head_dim)`.
+    """
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        nn.Module.__init__(self)
+        self.register_buffer("key", key)
+        self.register_buffer("value", value)
+        self.bias = self.query = None
+
+
 def for_windows(tensor: torch.Tensor, num_windows: int) -> torch.Tensor:
     """One entry for each window: `(B, …)` to `(num_windows, …)`; what is the same for all images stays `(1, …)`."""
     if len(tensor) in (1, num_windows):

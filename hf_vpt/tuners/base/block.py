@@ -91,6 +91,9 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         self.observer = None
         self.adapter_layer_names = (f"{prefix}prompts",)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
+        # Prompts of the active adapters, in their order. A forward pass finds them by position and not by name: code
+        # that was compiled for one adapter then serves every other one with prompts of the same shapes.
+        self._active: list[Prompts] = []
         # In lists, so that torch does not take them for parts of this block.
         self._first: list[PromptedBlock] = []
         self._merging_before: list[nn.Module] = []
@@ -137,6 +140,17 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         prompts.train(self.training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(*args, **kwargs)
+        self._list_active()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._list_active()
+
+    def _list_active(self) -> None:
+        self._active = [self.prompts[name] for name in self.active_adapters if name in self.prompts]
 
     def forget(self) -> None:
         """Drops what a forward pass that failed has left for a later block or for the pooler."""
@@ -294,12 +308,27 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
 
     # Prompts of a batch
 
-    def _selected(self, adapter_names: Sequence[str] | None, deep: bool) -> dict[str, list[int] | None]:
-        """Adapters with deep (or shallow) prompts in this block, and the images they are for (None: all)."""
-        names = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+    def used_prompts(self, adapter_names: Sequence[str] | None = None) -> list[Prompts]:
+        """The prompts of this block that a forward pass uses; for `adapter_names` see `num_prompts`."""
+        if self.disable_adapters:
+            return []
+        if adapter_names is None:
+            return list(self._active)
+        return [self.prompts[name] for name in dict.fromkeys(adapter_names) if name in self.prompts]
+
+    def _selected(
+        self, adapter_names: Sequence[str] | None, deep: bool
+    ) -> dict[str | int, tuple[Prompts, list[int] | None]]:
+        """Deep (or shallow) prompts of this block by adapter, and the images they are for.
+
+        Without `adapter_names` those of the active adapters, by their position, for all images (None).
+        """
+        if adapter_names is None:
+            active = enumerate(self._active)
+            return {position: (prompts, None) for position, prompts in active if prompts.deep == deep}
         return {
-            name: None if adapter_names is None else [i for i, a in enumerate(adapter_names) if a == name]
-            for name in names
+            name: (self.prompts[name], [i for i, a in enumerate(adapter_names) if a == name])
+            for name in dict.fromkeys(adapter_names)
             if name in self.prompts and self.prompts[name].deep == deep
         }
 
@@ -308,7 +337,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
     ) -> tuple[int, torch.Tensor | None]:
         """Number of shallow prompts in the hidden states and which of them are padding `(B, N)`."""
         selected = {} if self.first is None else self.first._selected(adapter_names, deep=False)
-        sizes = {name: self.first.prompts[name].num_virtual_tokens for name in selected}
+        sizes = {name: prompts.num_virtual_tokens for name, (prompts, _) in selected.items()}
         if adapter_names is None:
             return sum(sizes.values()), None
         return max(sizes.values(), default=0), _padding(adapter_names, sizes, hidden_states.device)
@@ -321,43 +350,45 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters:
             return 0, 0
-        shallow = [] if self.first is None else self.first._selected(adapter_names, deep=False)
+        shallow = {} if self.first is None else self.first._selected(adapter_names, deep=False)
         deep = self._selected(adapter_names, deep=True)
         join = sum if adapter_names is None else partial(max, default=0)
         return (
-            join(self.first.prompts[name].num_virtual_tokens for name in shallow),
-            join(self.prompts[name].count for name in deep),
+            join(prompts.num_virtual_tokens for prompts, _ in shallow.values()),
+            join(prompts.count for prompts, _ in deep.values()),
         )
 
     def _make(
         self, hidden_states: torch.Tensor, adapter_names: Sequence[str] | None, deep: bool
     ) -> PromptBatch | None:
         """The prompts of all selected adapters for a batch; None where there are none."""
-        made, rows_of = {}, self._selected(adapter_names, deep)
-        for name, rows in rows_of.items():
-            prompts = self.prompts[name](hidden_states if rows is None else hidden_states[rows])
+        made, pooled, selected = {}, set(), self._selected(adapter_names, deep)
+        for name, (prompts, rows) in selected.items():
             # The token's dtype: an adapter kept in float32 would make the frozen norm fail on a bfloat16 model.
-            made[name] = prompts.to(hidden_states.dtype)
-        pooled = {name for name in made if self.prompts[name].pooled}
+            made[name] = prompts(hidden_states if rows is None else hidden_states[rows]).to(hidden_states.dtype)
+            if prompts.pooled:
+                pooled.add(name)
         sizes = {name: prompts.shape[1] for name, prompts in made.items()}
         if not any(sizes.values()):
             return None
         if adapter_names is None:
+            if len(made) == 1 and not pooled:
+                return PromptBatch(next(iter(made.values())))
             batch_size = max(prompts.shape[0] for prompts in made.values())
             prompts = torch.cat([prompts.expand(batch_size, -1, -1) for prompts in made.values()], dim=1)
             flags = [name in pooled for name in made for _ in range(sizes[name])]
             return PromptBatch(prompts, pooled=torch.tensor([flags], device=prompts.device) if pooled else None)
-        entries, rows, start = [], [0] * len(adapter_names), 0
+        entries, rows_of_images, start = [], [0] * len(adapter_names), 0
         for name, prompts in made.items():
             entries.append(nn.functional.pad(prompts, (0, 0, 0, max(sizes.values()) - sizes[name])))
-            for position, row in enumerate(rows_of[name]):
-                rows[row] = start + (position if prompts.shape[0] > 1 else 0)
+            for position, row in enumerate(selected[name][1]):
+                rows_of_images[row] = start + (position if prompts.shape[0] > 1 else 0)
             start += prompts.shape[0]
         device = hidden_states.device
         absent = _padding(adapter_names, sizes, device)
         return PromptBatch(
             torch.cat(entries),
-            torch.tensor(rows, device=device),
+            torch.tensor(rows_of_images, device=device),
             absent,
             _present(adapter_names, {name: sizes[name] for name in pooled}, max(sizes.values()), device),
         )
@@ -374,6 +405,14 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if batch.rows is not None:
             key, value = key[batch.rows], value[batch.rows]
         return PromptKeysValues(key, value, bias, query)
+
+    @torch.no_grad()
+    def bake(self) -> None:
+        """Leaves the keys and values of the active prompts on the attention module, which then needs no block of ours."""
+        device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
+        batch = self._make(torch.empty(1, 0, 0, device=device, dtype=dtype), None, deep=True)
+        if batch is not None:
+            self.access.bake(self.attention, self._keys_values(batch, dtype))
 
     def _insert(self, tokens: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         """`(B, T, D)` to `(B, T + N, D)`, the prompts right after the prefix."""
@@ -467,8 +506,9 @@ def silence_frozen_modules(module: nn.Module) -> None:
 
     The modules that ask `self.training` whether to checkpoint keep their mode: without it there is no checkpointing.
     """
-    for child in module.children():
-        if isinstance(child, (Prompts, AuxiliaryTrainingWrapper)):
+    # Of a block the base layer alone, for the sake of compiled code: see `PromptedBlock._active`.
+    for child in [module.base_layer] if isinstance(module, PromptedBlock) else module.children():
+        if isinstance(child, AuxiliaryTrainingWrapper):
             continue
         if not isinstance(child, (GradientCheckpointingLayer, PreTrainedModel, PromptedBlock)):
             child.training = False
@@ -479,5 +519,6 @@ def raise_merge_error() -> None:
     """Says why prompts cannot be merged."""
     raise NotImplementedError(
         "Found a request to merge prompts into the weights. Prompts are extra keys and values, so no weight of the "
-        "backbone can hold them. Keep the adapter beside the model, or get the bare model back with `unload()`."
+        "backbone can hold them. Keep the adapter beside the model, get a model for inference without PEFT with "
+        "`bake()`, or the bare model back with `unload()`."
     )

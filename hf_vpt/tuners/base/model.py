@@ -39,9 +39,10 @@ class EmbeddingsHook:
         self.blocks = blocks
         self.model = model
 
-    def is_beside(self) -> bool:
+    def is_beside(self, adapter_names: list[str] | None) -> bool:
         """Whether a block finds something that was left for it earlier in the forward pass."""
-        return any(p.pooled or p.stateful or not p.deep for block in self.blocks for p in block.prompts.values())
+        used = (prompts for block in self.blocks for prompts in block.used_prompts(adapter_names))
+        return any(prompts.pooled or prompts.stateful or not prompts.deep for prompts in used)
 
     def checkpoint_stages(self, allowed: bool) -> None:
         """Lets stages be checkpointed whole, where checkpointing is on, or not.
@@ -58,11 +59,11 @@ class EmbeddingsHook:
         for stage in stages:
             stage.gradient_checkpointing = is_on and allowed
 
-    def refuse_reentrant_checkpointing(self) -> None:
+    def refuse_reentrant_checkpointing(self, adapter_names: list[str] | None) -> None:
         """Raises `ValueError` if the model is about to run blocks in a way that loses the gradient of prompts."""
         stages = self.backbone.stages(self.model)
         # Prompts that are among the tokens are an argument of the block, which keeps its gradient.
-        blocks = [b.base_layer for b in self.blocks if stages or any(p.deep for p in b.prompts.values())]
+        blocks = [b.base_layer for b in self.blocks if stages or any(p.deep for p in b.used_prompts(adapter_names))]
         checkpointed = [*stages, *blocks]
         functions = [
             module._gradient_checkpointing_func
@@ -84,14 +85,16 @@ class EmbeddingsHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
         for block in self.blocks:
             block.forget()
         if not all(block.disable_adapters for block in self.blocks):
-            self.refuse_reentrant_checkpointing()
+            self.refuse_reentrant_checkpointing(adapter_names)
         if module.training:
             # Not the embeddings alone: DINOv3 draws positions at random beside them.
             silence_frozen_modules(self.model)
-        self.checkpoint_stages(not self.is_beside())
+        self.checkpoint_stages(not self.is_beside(adapter_names))
         if self.backbone.record.windows is not None and getattr(self.model, "_require_grads_hooks", None):
             # PEFT lets the embeddings' output require gradients, for reentrant checkpointing. Prompts need the other
             # kind, and the output of these embeddings is a tuple, on which that hook fails.
@@ -99,8 +102,7 @@ class EmbeddingsHook:
         if self.backbone.record.checkpoints_outside:
             for block in self.blocks:
                 block.carries = not self.backbone.below(self.model, "").grad_checkpointing
-        kwargs = dict(kwargs)
-        return args, self.check(args, kwargs, kwargs.pop("adapter_names", None))
+        return args, self.check(args, kwargs, adapter_names)
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str] | None) -> dict[str, Any]:
         """Looks at the arguments of the embeddings; returns the keyword arguments to go on with."""

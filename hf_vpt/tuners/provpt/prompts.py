@@ -39,8 +39,8 @@ class PROVPTPrompts(StaticPrompts):
         self.pool: list[PROVPTPrompts] = peers[0].pool if peers else []
         self.pool.append(self)
         self._slices: list[tuple[int, int, int]] | None = None
-        for prompts in self.pool:
-            prompts._slices = None
+        self._rows = torch.empty(0)
+        self._notice_moves()
 
     def rows(self) -> list[tuple[int, int]]:
         """The rows that serve this block: position of their owner in the pool and row, in the order of `table`."""
@@ -51,6 +51,10 @@ class PROVPTPrompts(StaticPrompts):
         return len(self.rows())
 
     def table(self) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            # Which rows serve is data here: slices would be part of the code, to be compiled anew after each move.
+            pool = torch.cat([prompts.prompt_embeddings for prompts in self._reachable()])
+            return pool[self._rows.to(pool.device)]
         slices = self._find_slices()
         if slices == [(self.pool.index(self), 0, len(self.serves))]:
             return self.prompt_embeddings
@@ -72,7 +76,7 @@ class PROVPTPrompts(StaticPrompts):
         return self._slices
 
     def check_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        reachable = [prompts.index for prompts in self.pool if prompts.width == self.width]
+        reachable = [prompts.index for prompts in self._reachable()]
         unknown = sorted(set(tensors["block"].tolist()) - set(reachable))
         if unknown:
             raise ValueError(
@@ -80,11 +84,25 @@ class PROVPTPrompts(StaticPrompts):
                 f"{reachable} for prompts of width {self.width}. File and config must come from the same adapter."
             )
 
+    def _reachable(self) -> list[PROVPTPrompts]:
+        """The part of the pool whose prompts may serve this block: that of its width."""
+        return [prompts for prompts in self.pool if prompts.width == self.width]
+
     def _set_serves(self, block: torch.Tensor) -> None:
         self.check_tensors({"block": block})
         self.serves = block.tolist()
+        self._notice_moves()
+
+    def _notice_moves(self) -> None:
+        """Lets every block of the pool look for its rows anew."""
+        serves = [(prompts.width, block) for prompts in self.pool for block in prompts.serves]
         for prompts in self.pool:
             prompts._slices = None
+            reachable = [block for width, block in serves if width == prompts.width]
+            rows = [row for row, block in enumerate(reachable) if block == prompts.index]
+            prompts._rows = torch.tensor(rows, dtype=torch.long, device="cpu")
+            # Compiled code that takes any number of rows from the start.
+            torch._dynamo.maybe_mark_dynamic(prompts._rows, 0)
 
     @torch.no_grad()
     def move(self, row: int, block: int, scale: float) -> None:

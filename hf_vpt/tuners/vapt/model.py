@@ -23,13 +23,7 @@ class _GridHook(EmbeddingsHook):
     """
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str] | None) -> dict[str, Any]:
-        used = [
-            block.prompts[name]
-            for block in self.blocks
-            if not block.disable_adapters
-            for name in (block.active_adapters if adapter_names is None else set(adapter_names))
-            if name in block.prompts
-        ]
+        used = [prompts for block in self.blocks for prompts in block.used_prompts(adapter_names)]
         pixel_values = args[0] if args else kwargs["pixel_values"]
         grid = self.backbone.patch_grid(*pixel_values.shape[2:])
         for prompts in used:
