@@ -407,12 +407,11 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         return PromptKeysValues(key, value, bias, query)
 
     @torch.no_grad()
-    def bake(self) -> None:
-        """Leaves the keys and values of the active prompts on the attention module, which then needs no block of ours."""
+    def constant_keys_values(self) -> PromptKeysValues | None:
+        """The keys and values of active prompts that are the same for every image; None where there are none."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         batch = self._make(torch.empty(1, 0, 0, device=device, dtype=dtype), None, deep=True)
-        if batch is not None:
-            self.access.bake(self.attention, self._keys_values(batch, dtype))
+        return None if batch is None else self._keys_values(batch, dtype)
 
     def _insert(self, tokens: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         """`(B, T, D)` to `(B, T + N, D)`, the prompts right after the prefix."""
