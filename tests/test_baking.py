@@ -145,7 +145,7 @@ def test_an_exported_program_runs_without_this_package_and_without_peft(pixel_va
     ],
 )
 def test_prompts_that_are_not_constants_are_refused_and_the_model_stays_as_it_was(config, found, pixel_values):
-    model = get_peft_model(BACKBONES["beit" if config.pool_prompts else "vit"].build(), config).eval()
+    model = get_peft_model(BACKBONES["swin" if config.pool_prompts else "vit"].build(), config).eval()
     expected = output_of(model, pixel_values)
     with pytest.raises(ValueError, match=found):
         model.bake()
