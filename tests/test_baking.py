@@ -33,7 +33,9 @@ def test_a_baked_model_computes_what_the_wrapped_one_did_and_holds_nothing_of_pe
     baked = model.bake()
     torch.testing.assert_close(output_of(baked, pixel_values), expected, rtol=1e-5, atol=1e-6)
     assert not isinstance(baked, PeftModel)
-    assert not any(isinstance(module, PromptedBlock) or "peft" in type(module).__module__ for module in baked.modules())
+    assert not any(
+        isinstance(module, PromptedBlock) or "peft" in type(module).__module__ for module in baked.modules()
+    )
     assert not any(parameter.requires_grad and "prompts" in name for name, parameter in baked.named_parameters())
     assert not hasattr(baked, "peft_config")
 

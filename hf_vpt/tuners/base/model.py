@@ -553,9 +553,8 @@ def _check_constant(prompts: Prompts) -> None:
 def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Stands in for `save_pretrained` of a baked model, which `from_pretrained` would load without its prompts."""
     raise NotImplementedError(
-        "Found a request to save a model with baked prompts. A checkpoint of it needs a class that knows of them, which "
-        "Transformers does not have. Save the adapter before it is baked, or export the model with `torch.export` or "
-        "to ONNX."
+        "Found a request to save a model with baked prompts. To load such a checkpoint, Transformers would need a "
+        "class that knows of them. Save the adapter before it is baked, or export the model with `torch.export` or to ONNX."
     )
 
 
