@@ -4,7 +4,7 @@
     python scripts/benchmark.py --backbone swin --num_virtual_tokens 50 --batch_size 4
     python scripts/benchmark.py --device cuda --dtype bfloat16 --batch_size 64 256 --compile true
     python scripts/benchmark.py --modes inference --num_adapters 1 2 4 8
-    accelerate launch --cpu --num_processes 2 scripts/benchmark.py --num_threads 1 --batch_size 4
+    accelerate launch --config_file configs/accelerate/cpu_two_processes.yaml scripts/benchmark.py --num_threads 1
 
 The floor is the same frozen backbone with no prompts, whose CLS token trains (in Swin, which has none, the bias of the
 embeddings' norm), so that gradients flow through all blocks. Every repeat runs each variant once, in turn, so that a

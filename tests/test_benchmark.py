@@ -124,10 +124,10 @@ def test_the_script_leaves_a_table_numbers_and_a_picture(tmp_path, monkeypatch, 
 
 
 def test_two_processes_average_their_gradients_and_the_first_one_reports():
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--mixed_precision"]
-    words = ["no", str(ROOT / "scripts" / "benchmark.py"), *TINY, "--backbone", "vit_small", "--batch_size", "2"]
-    variants = ["--num_virtual_tokens", "2", "--variants", "VPT-Deep", "linear probe"]
-    found = subprocess.run([*launch, *words, *variants], capture_output=True, text=True, check=True)
+    launch = "accelerate.commands.launch --config_file configs/accelerate/cpu_two_processes.yaml --main_process_port 0"
+    words = ["scripts/benchmark.py", "--backbone", "vit_small", "--batch_size", "2", "--num_virtual_tokens", "2"]
+    command = [sys.executable, "-m", *launch.split(), *words, *TINY, "--variants", "VPT-Deep", "linear probe"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "2 × 1 threads" in found.stdout
     assert found.stdout.count("| VPT-Deep |") == found.stdout.count("| linear probe |") == 1
 

@@ -554,7 +554,8 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Stands in for `save_pretrained` of a baked model, which `from_pretrained` would load without its prompts."""
     raise NotImplementedError(
         "Found a request to save a model with baked prompts. To load such a checkpoint, Transformers would need a "
-        "class that knows of them. Save the adapter before it is baked, or export the model with `torch.export` or to ONNX."
+        "class that knows of them. Save the adapter before it is baked, or export the model with "
+        "`torch.export` or to ONNX."
     )
 
 
