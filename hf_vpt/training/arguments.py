@@ -12,8 +12,8 @@ from ..data.processing import Augmentation
 from .ema import ExponentialMovingAverage
 
 
-# Baselines that need no adapter: train the head alone, or everything.
-BASELINES = ("linear_probe", "full")
+# What prompts are compared with: the head alone, everything, all biases, or low-rank updates of weights.
+BASELINES = ("linear_probe", "full", "bias", "lora")
 
 
 @dataclass
@@ -32,8 +32,9 @@ class ModelArguments:
         quantization: Number format of the frozen linear layers: `"8bit"` or `"4bit"` (NF4) needs bitsandbytes and a
             prompt method, and takes a quarter or an eighth of their memory in float32. Head, norms and prompts are not
             quantised.
-        method: One of `hf_vpt.tuners.METHODS`, or a baseline: `"linear_probe"` trains the head alone, `"full"` trains
-            everything.
+        method: One of `hf_vpt.tuners.METHODS`, or a baseline: `"linear_probe"` trains the head alone, `"full"`
+            everything, `"bias"` all biases and the head (BitFit, arXiv 2106.10199), `"lora"` low-rank updates of query
+            and value projections and the head (arXiv 2106.09685).
     """
 
     _argument_group_name = "model"
@@ -49,7 +50,7 @@ class ModelArguments:
     quantization: Literal["none", "8bit", "4bit"] = field(
         default="none", metadata={"help": "Format of the frozen linear layers, by bitsandbytes."}
     )
-    method: str = field(default="vapt", metadata={"help": "Prompt method, linear_probe or full."})
+    method: str = field(default="vapt", metadata={"help": "Prompt method, or a baseline such as linear_probe."})
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data import collate_images, load_image_dataset
+from ..tuners.base import PromptConfig
 from .identity import RunIdentity
 from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
@@ -133,7 +134,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             "blocks share do not survive its copies. Start one process a GPU with `accelerate launch`, or show one "
             "GPU with CUDA_VISIBLE_DEVICES=0."
         )
-    if training_args.ddp_find_unused_parameters is None and model_args.method != "full":
+    if training_args.ddp_find_unused_parameters is None and model_args.method not in ("full", "bias"):
         # All that trains takes part in every step, so processes need not search for what does not.
         training_args.ddp_find_unused_parameters = False
     if training_args.device.type == "cpu":
@@ -166,7 +167,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             "configs/accelerate/fsdp2.yaml."
         )
     # After the trainer has moved the model to its device.
-    if peft_config is not None:
+    if isinstance(peft_config, PromptConfig):
         with gathered(model):
             model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
     return trainer, data

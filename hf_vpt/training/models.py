@@ -24,6 +24,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..backbones import BACKBONES, find_backbone
 from .arguments import ModelArguments
+from .baselines import BaselineLoraConfig, is_bias
 
 
 LABELS_FILE = "id2label.json"
@@ -126,28 +127,31 @@ def load_image_processor(model_args: ModelArguments) -> BaseImageProcessor:
 def prepare_for_training(
     model: PreTrainedModel, method: str, peft_config: PeftConfig | None = None, revision: str | None = None
 ) -> PreTrainedModel | PeftModel:
-    """Choose what trains: an adapter and the head, the head alone, or everything.
+    """Choose what trains: an adapter and the head, the head alone, the head and all biases, or everything.
 
     Args:
         model: A classifier from `load_classifier`. It is changed in place.
-        method: A prompt method, `"linear_probe"` or `"full"`.
-        peft_config: Configuration of the prompt method; None for the two baselines.
+        method: A prompt method or a baseline.
+        peft_config: Configuration of the prompt method or of LoRA; None for the other baselines.
         revision: Branch, tag or commit that the backbone came from, recorded in the adapter's configuration.
 
     Returns:
-        A `PeftModel` around `model` for a prompt method, else `model`.
+        A `PeftModel` around `model` for a prompt method and LoRA, else `model`.
     """
     if getattr(model, "is_quantized", False) and peft_config is None:
         raise ValueError(
             f"Found a quantised backbone and method '{method}'. Quantised weights are for prompts, which leave "
-            "them as they are. Choose a prompt method, or leave quantization out."
+            "them as they are. Choose a prompt method or lora, or leave quantization out."
         )
+    if isinstance(peft_config, BaselineLoraConfig):
+        peft_config = peft_config.for_model(model)
     if peft_config is not None:
         return get_peft_model(model, peft_config, revision=revision)
-    if method == "linear_probe":
+    if method in ("linear_probe", "bias"):
         head = {id(parameter) for parameter in head_parameters(model)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in head)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(id(parameter) in head or (method == "bias" and is_bias(name, parameter)))
+    if method == "linear_probe":
         # Trainer puts the whole model in training mode before each step. A frozen backbone's dropout and stochastic
         # depth would only blur the features, so the backbone goes back to evaluation mode before it runs.
         for child in model.children():

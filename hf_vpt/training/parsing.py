@@ -15,6 +15,7 @@ from peft import PeftConfig
 from transformers import HfArgumentParser
 
 from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from .baselines import LORA_FIELDS, BaselineLoraConfig
 from .recipes import read_recipe
 
 
@@ -25,7 +26,7 @@ class Settings(NamedTuple):
         model: Backbone and method.
         data: Data set and preparation.
         training: Optimisation, evaluation, saving.
-        peft_config: Configuration of the method; None for the baselines.
+        peft_config: Configuration of the method; None for baselines without an adapter.
     """
 
     model: ModelArguments
@@ -91,6 +92,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
 def _config_class(method: str) -> type[PeftConfig] | None:
     from ..tuners import METHODS
 
+    if method == "lora":
+        return BaselineLoraConfig
     if method in BASELINES:
         return None
     if method in METHODS:
@@ -109,6 +112,8 @@ def _own_settings(config_class: type[PeftConfig], method: str) -> type:
     for field in dataclasses.fields(config_class):
         if not field.init or field.name in inherited or field.metadata.get("filled_in"):
             continue
+        if method == "lora" and field.name not in LORA_FIELDS:
+            continue  # PEFT has many more, most of them for language models
         # Fields are bound to one class, hence copies; checks and conversions stay with the configuration class.
         default = {"default": field.default}
         if field.default_factory is not dataclasses.MISSING:
