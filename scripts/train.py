@@ -35,16 +35,20 @@ def main() -> None:
     if settings.training.process_index == 0:
         epoch = results["best_epoch"]
         when = f"step {results['best_step']}" if epoch is None else f"epoch {epoch:g}"
+        validation = "trained on validation images too"
+        if "validation_accuracy" in results:
+            validation = f"validation accuracy {results['validation_accuracy']:.4f}"
         print(
-            f"Test accuracy {results['test_accuracy']:.4f}, validation accuracy "
-            f"{results['validation_accuracy']:.4f} ({when}), "
+            f"Test accuracy {results['test_accuracy']:.4f}, {validation} ({when}), "
             f"{results['trained_parameters']:,} trained parameters of which "
             f"{results['trained_parameters_without_head']:,} outside the head."
         )
         if "test_ema_accuracy" in results:
+            if "validation_ema_accuracy" in results:
+                validation = f"validation accuracy {results['validation_ema_accuracy']:.4f}"
             print(
-                f"Averaged weights: test accuracy {results['test_ema_accuracy']:.4f}, validation accuracy "
-                f"{results['validation_ema_accuracy']:.4f}, in the subfolder ema."
+                f"Averaged weights: test accuracy {results['test_ema_accuracy']:.4f}, {validation}, "
+                "in the subfolder ema."
             )
         print(f"Saved in {settings.training.output_dir}")
 

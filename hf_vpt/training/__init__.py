@@ -13,6 +13,7 @@ from .models import (
 )
 from .parsing import Settings, parse_arguments
 from .relocation import RelocationCallback
+from .shared import SharedLoader
 from .trainer import ClassificationLoss, ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -30,6 +31,7 @@ __all__ = [
     "PlateauWarning",
     "RelocationCallback",
     "Settings",
+    "SharedLoader",
     "TrainingArguments",
     "build_trainer",
     "count_trained_parameters",

@@ -73,6 +73,9 @@ class DataArguments:
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
         num_held_out: Images that become the validation or test split where a stream publishes none.
+        train_on_validation: Learn from the validation split too, as published protocols do once settings are chosen.
+            Nothing is scored on it then, so no epoch can be chosen: it needs `eval_strategy: no` and
+            `load_best_model_at_end: false`.
     """
 
     _argument_group_name = "data"
@@ -89,6 +92,7 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
+    train_on_validation: bool = field(default=False, metadata={"help": "Learn from the validation split too."})
 
     def __post_init__(self):
         for name in ("shuffle_buffer_size", "num_held_out"):

@@ -17,12 +17,13 @@ from transformers.utils import logging
 from ..data import collate_images, load_image_dataset
 from ..tuners.base import PromptConfig
 from .identity import RunIdentity
-from .images import count_in_steps, prepare_images, sample_batches
+from .images import count_in_steps, join_validation, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
 from .relocation import RelocationCallback
 from .sharding import gathered
+from .shared import SharedLoader
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -34,11 +35,12 @@ TIMINGS_FILE = "timings.json"
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
 
 
-def train_classifier(settings: Settings) -> dict[str, Any]:
+def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> dict[str, Any]:
     """Train a classifier, score it, and save it with everything needed to use it again.
 
     Parameters are fitted on the train split. With `load_best_model_at_end` (the default) the epoch with the best
-    validation score is kept. The test split is looked at once, after that.
+    validation score is kept. The test split is looked at once, after that. With `train_on_validation` parameters are
+    fitted on both other splits, and the last epoch is kept.
 
     With `ema_decay` the averaged weights are scored too (`validation_ema_accuracy`, `test_ema_accuracy`) and lie in
     the folder `ema` of `output_dir`, complete like the last ones beside them.
@@ -49,17 +51,19 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
 
     Args:
         settings: What `parse_arguments` returns.
+        shared: What several runs of this process load once. Default: everything is loaded for this run.
 
     Returns:
-        What `metrics.json` holds: scores on both splits, the epoch and step they belong to, numbers of trained
-        parameters, seed, settings and versions. All of it is the same for a run that was interrupted and went on.
-        Epochs, and numbers of images that nobody has counted, are None where images are streamed.
+        What `metrics.json` holds: scores on both splits (on test alone where validation images were trained on), the
+        epoch and step they belong to, numbers of trained parameters, seed, settings and versions. All of it is the
+        same for a run that was interrupted and went on. Epochs, and numbers of images that nobody has counted, are
+        None where images are streamed.
     """
-    trainer, data = build_trainer(settings)
+    trainer, data = build_trainer(settings, shared)
     start = time.process_time()
     outcome = trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
     cpu_seconds = time.process_time() - start
-    validation = trainer.evaluate(metric_key_prefix="validation")
+    validation = trainer.evaluate(metric_key_prefix="validation") if "validation" in data else {}
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
 
@@ -95,15 +99,20 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
     return results
 
 
-def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[str, Any]]:
+def build_trainer(
+    settings: Settings, shared: SharedLoader | None = None
+) -> tuple[ImageClassificationTrainer, dict[str, Any]]:
     """Load data and backbone, and put them together to a trainer that has not trained yet.
 
     Args:
         settings: What `parse_arguments` returns.
+        shared: What several runs of this process load once. Default: everything is loaded for this run.
 
     Returns:
-        The trainer, and the three splits with their transforms.
+        The trainer, and the splits with their transforms; no validation split where it is trained on.
     """
+    load_images = load_image_dataset if shared is None else shared.load_image_dataset
+    load_model = load_classifier if shared is None else shared.load_classifier
     model_args, data_args, training_args, peft_config = settings
     if data_args.streaming:
         count_in_steps(training_args, peft_config)
@@ -116,7 +125,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
     # The head and the prompts are drawn before Trainer sets the seed.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
     with training_args.main_process_first(desc="load the data set"):
-        data = load_image_dataset(
+        data = load_images(
             data_args.dataset_name,
             config_name=data_args.dataset_config_name,
             revision=data_args.dataset_revision,
@@ -128,6 +137,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             streaming=data_args.streaming,
             num_held_out=data_args.num_held_out,
         )
+    if data_args.train_on_validation:
+        data = join_validation(data, training_args)
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(
             f"Found {training_args.n_gpu} GPUs in one process, which PyTorch's DataParallel would share. Prompts that "
@@ -141,7 +152,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         # Pinned memory only speeds up copies to an accelerator, and PyTorch warns where there is none.
         training_args.dataloader_pin_memory = False
     processor = load_image_processor(model_args)
-    model = load_classifier(model_args, data["train"].features["label"].names)
+    model = load_model(model_args, data["train"].features["label"].names)
     model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 
     data = prepare_images(data, processor, data_args, training_args)
@@ -149,7 +160,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         model=model,
         args=training_args,
         train_dataset=data["train"],
-        eval_dataset=data["validation"],
+        eval_dataset=data.get("validation"),
         data_collator=collate_images,
         processing_class=processor,
         compute_metrics=ComputeMetrics(),

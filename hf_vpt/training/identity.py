@@ -11,6 +11,7 @@ from .arguments import DataArguments, ModelArguments
 
 DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "image_column", "label_column")
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
+SPLIT_FIELDS += ("train_on_validation",)
 
 
 class RunIdentity(TrainerCallback):

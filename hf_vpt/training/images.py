@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BaseImageProcessor
@@ -51,6 +51,30 @@ def prepare_images(
         else:
             prepared[split] = images.with_transform(plain)
     return prepared
+
+
+def join_validation(
+    splits: dict[str, Dataset | IterableDataset], training_args: TrainingArguments
+) -> dict[str, Dataset | IterableDataset]:
+    """Move the validation images to the training images, behind which they stand; no validation split is left.
+
+    Raises:
+        ValueError: Images are streamed, or epochs are to be scored or chosen on validation images.
+    """
+    if isinstance(splits["train"], IterableDataset):
+        raise ValueError(
+            "Found train_on_validation and streaming. Images of both splits can only be joined when they have been "
+            "counted: leave one of the two out."
+        )
+    if training_args.load_best_model_at_end or training_args.eval_strategy != IntervalStrategy.NO:
+        raise ValueError(
+            f"Found train_on_validation with eval_strategy {training_args.eval_strategy.value} and "
+            f"load_best_model_at_end {training_args.load_best_model_at_end}. Images that are learned from say nothing "
+            "about epochs: pass --eval_strategy no --load_best_model_at_end false, or leave train_on_validation out."
+        )
+    train, validation = splits["train"], splits["validation"].cast(splits["train"].features)
+    rest = {split: images for split, images in splits.items() if split not in ("train", "validation")}
+    return {"train": concatenate_datasets([train, validation]), **rest}
 
 
 def sample_batches(

@@ -56,6 +56,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
         >>> settings.peft_config.num_virtual_tokens, settings.training.learning_rate
         (20, 0.5)
     """
+    return parse_arguments_with(argv)[0]
+
+
+def parse_arguments_with(argv: Sequence[str] | None, *more: type) -> tuple[Any, ...]:
+    """Read settings as `parse_arguments` does, and those of a program around training from the same file and options.
+
+    Args:
+        argv: Words of the command line. Default: those of this process.
+        more: Dataclasses whose fields are further keys and options.
+
+    Returns:
+        The settings of a run, and an instance of each further dataclass.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # The method decides which other options exist, so it is read before them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -66,7 +79,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     method = chosen.method or config.get("method", ModelArguments.method)
     config_class = _config_class(method)
 
-    groups = [ModelArguments, DataArguments, TrainingArguments]
+    groups = [ModelArguments, DataArguments, TrainingArguments, *more]
     if config_class is not None:
         groups.append(_own_settings(config_class, method))
     parser = HfArgumentParser(groups, allow_abbrev=False)
@@ -84,9 +97,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Settings:
     if rest:
         unknown = [word.lstrip("-").partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")]
         raise ValueError(_explain_unknown(unknown or rest, known, method, "The command line has"))
-    model, data, training, *own = parsed
-    peft_config = config_class(**_shallow_dict(own[0])) if own else None
-    return Settings(model, data, training, peft_config)
+    model, data, training, *others = parsed
+    peft_config = config_class(**_shallow_dict(others.pop())) if config_class is not None else None
+    return Settings(model, data, training, peft_config), *others
 
 
 def _config_class(method: str) -> type[PeftConfig] | None:

@@ -1,0 +1,115 @@
+"""The runs of a sweep: a trial, which never looks at the test split, and a final run, which is tested."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..training import SharedLoader, build_trainer, train_classifier
+from ..training.checkpoints import find_checkpoints
+from ..training.experiment import _epoch_of_weights
+from .ledger import Claim
+from .plan import SweepPlan
+
+
+LOG_FILE = "log.txt"
+
+
+def run_trial(
+    plan: SweepPlan, claim: Claim, params: Mapping[str, Any], shared: SharedLoader
+) -> tuple[float, dict[str, Any]]:
+    """Train on the train split, and score on the validation split with the best epoch's weights.
+
+    A loss that is no number any more, which too large learning rates lead to, is the worst score and no error.
+
+    Returns:
+        The score, and what else is worth knowing: scores by name, the epoch they belong to, seconds.
+    """
+    folder = plan.trial_folder(claim.point)
+    settings = plan.trial_settings(claim.point, params, *_resume(folder, claim))
+    start = time.monotonic()
+    with _quiet(folder):
+        try:
+            trainer, _ = build_trainer(settings, shared)
+            trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
+            scores = trainer.evaluate(metric_key_prefix="validation")
+            epoch = _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end)
+            del trainer
+        except FloatingPointError as error:
+            scores, epoch, diverged = {}, None, str(error)
+        else:
+            diverged = None
+    _free_memory()
+    value = scores.get(f"validation_{plan.metric}", math.nan)
+    if diverged is None and f"validation_{plan.metric}" not in scores:
+        raise ValueError(
+            f"Found no {plan.metric} among the scores {sorted(scores)}. Settings are chosen by metric_for_best_model: "
+            "set it to one of them, without validation_."
+        )
+    if not math.isfinite(value):
+        value = 0.0 if plan.greater_is_better else math.inf
+    kept = {name: score for name, score in scores.items() if "accuracy" in name or "loss" in name}
+    kept = {name: score if math.isfinite(score) else None for name, score in kept.items()}
+    result = {"scores": kept, "best_epoch": epoch, "diverged": diverged, "seconds": time.monotonic() - start}
+    return value, result
+
+
+def run_final(
+    plan: SweepPlan, claim: Claim, params: Mapping[str, Any], shared: SharedLoader
+) -> tuple[float, dict[str, Any]]:
+    """Train on train and validation images together, with a seed, and test once.
+
+    Returns:
+        The test score, and what `metrics.json` holds, with the seconds.
+    """
+    folder = plan.final_folder(claim.point)
+    settings = plan.final_settings(claim.point, params, *_resume(folder, claim))
+    start = time.monotonic()
+    with _quiet(folder):
+        metrics = train_classifier(settings, shared)
+    remove_checkpoints(folder)  # the weights themselves have been saved beside them
+    _free_memory()
+    return metrics[f"test_{plan.metric}"], {"metrics": metrics, "seconds": time.monotonic() - start}
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete what a run could have gone on from."""
+    for checkpoint in find_checkpoints(folder):
+        shutil.rmtree(checkpoint, ignore_errors=True)  # several processes may tidy up at once
+
+
+def _resume(folder: Path, claim: Claim) -> list[str]:
+    if claim.attempt:
+        return ["--resume_from_checkpoint=auto"]
+    # Nobody was at it before, so what lies there is of another sweep.
+    remove_checkpoints(folder)
+    return []
+
+
+@contextlib.contextmanager
+def _quiet(folder: Path) -> Iterator[None]:
+    """Send what a run prints, and what it warns of, to a file in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    level = logging.get_verbosity()
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
+        logging.set_verbosity_error()
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                yield
+        finally:
+            logging.set_verbosity(level)
+
+
+def _free_memory() -> None:
+    gc.collect()  # trainer and model hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
