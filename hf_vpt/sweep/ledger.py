@@ -173,7 +173,7 @@ class Ledger:
 
     def study(self, seed: int) -> Any:
         """The study, whose sampler draws by a seed and by what is known of other trials."""
-        sampler = self.optuna.samplers.TPESampler(seed=seed)
+        sampler = self.optuna.samplers.TPESampler(seed=seed % 2**32)
         return self.optuna.load_study(study_name=self.study_name, storage=self.storage, sampler=sampler)
 
     def _try_to_claim(

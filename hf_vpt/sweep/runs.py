@@ -35,7 +35,7 @@ def run_trial(
         The score, and what else is worth knowing: scores by name, the epoch they belong to, seconds.
     """
     folder = plan.trial_folder(claim.point)
-    settings = plan.trial_settings(claim.point, params, *_resume(folder, claim))
+    settings = plan.trial_settings(claim.point, params, *resume_words(folder, claim.attempt))
     start = time.monotonic()
     with _quiet(folder):
         try:
@@ -72,7 +72,7 @@ def run_final(
         The test score, and what `metrics.json` holds, with the seconds.
     """
     folder = plan.final_folder(claim.point)
-    settings = plan.final_settings(claim.point, params, *_resume(folder, claim))
+    settings = plan.final_settings(claim.point, params, *resume_words(folder, claim.attempt))
     start = time.monotonic()
     with _quiet(folder):
         metrics = train_classifier(settings, shared)
@@ -87,8 +87,9 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(checkpoint, ignore_errors=True)  # several processes may tidy up at once
 
 
-def _resume(folder: Path, claim: Claim) -> list[str]:
-    if claim.attempt:
+def resume_words(folder: Path, attempt: int) -> list[str]:
+    """Options with which a run goes on from what earlier attempts left in its folder; the first one tidies it up."""
+    if attempt:
         return ["--resume_from_checkpoint=auto"]
     # Nobody was at it before, so what lies there is of another sweep.
     remove_checkpoints(folder)
