@@ -1,8 +1,8 @@
 """How many coloured objects there are, from 3 to 10 as in CLEVR's counting task.
 
-Neither area nor brightness gives the number away: the objects of an image share an area that is drawn without regard to
-how many they are, background and colours vary in brightness, and up to four grey objects of the same shapes, which do
-not count, lie among them. What remains is to tell objects apart and to count them.
+Neither area nor brightness gives the number away: the objects of an image share an area that is drawn without regard
+to how many they are, background and colours vary in brightness, and up to four grey objects of the same shapes, which
+do not count, lie among them. What remains is to tell objects apart and to count them.
 """
 
 from __future__ import annotations

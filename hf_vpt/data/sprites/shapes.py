@@ -95,9 +95,7 @@ def reach(shape: str, side: int) -> int:
     return -(-measures.reach * side // measures.root_area)
 
 
-def coverage(
-    shape: str, side: np.ndarray, angle: np.ndarray, x: np.ndarray, y: np.ndarray, window: int
-) -> np.ndarray:
+def coverage(shape: str, side: np.ndarray, angle: np.ndarray, x: np.ndarray, y: np.ndarray, window: int) -> np.ndarray:
     """Count, for each pixel of a window, how many of its 4 sample points a sprite covers.
 
     All shapes have the same area `side`² and their centre of mass at (x, y), so neither tells of the shape.

@@ -1,10 +1,10 @@
 """One white sprite on black: where it is, or which way it points, whatever else it looks like.
 
-As in dSprites (https://github.com/google-deepmind/dsprites-dataset), an image is given by shape, scale, orientation and
-place; one of these is the class, and the others are dealt evenly within each class. Differs from dSprites: grey levels
-at the edges, 48 orientations instead of 40, and shapes of equal area, placed by their centre of mass, so that neither
-brightness nor the shape shifts the class. dSprites' squares and ellipses look the same after a quarter or half turn;
-where orientation is the class, shapes without any such symmetry take their place.
+As in dSprites (https://github.com/google-deepmind/dsprites-dataset), an image is given by shape, scale, orientation
+and place; one of these is the class, and the others are dealt evenly within each class. Differs from dSprites: edges
+have grey levels, there are 48 orientations instead of 40, and shapes have equal area and are placed by their centre of
+mass, so that the shape does not shift the class. dSprites' squares and ellipses look the same after a quarter or half
+turn; where orientation is the class, shapes without any such symmetry take their place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .shapes import ANGLES, PIXEL, SAMPLES, coverage
 IMAGE_SIZE = 64  # pixels
 POSITIONS = 32  # along each axis
 COLUMNS = [f"column {number}" for number in range(16)]
-COMPASS = "N NNE NE ENE E ESE SE SSE S SSW SW WSW W WNW NW NNW".split()
+COMPASS = ["N", "NNE", "NE", "ENE", "E", "ESE", "SE", "SSE", "S", "SSW", "SW", "WSW", "W", "WNW", "NW", "NNW"]
 
 LOCATION_SHAPES = ("square", "ellipse", "heart")
 LOCATION_SIDES = (130, 155, 180, 205, 230, 255)  # 8 to 16 pixels

@@ -19,7 +19,7 @@ SPLIT_SIZES = {"train": 800, "validation": 200, "test": 2000}  # VTAB-1k's divis
 
 
 class Task(NamedTuple):
-    """A benchmark: `draw(integers, label, count)` gives `count` images of a class; `classes` are the classes' names."""
+    """A benchmark: `draw(integers, label, count)` gives `count` images of a class, `classes` the names of all."""
 
     draw: Callable[[Integers, int, int], np.ndarray]
     classes: list[str]
