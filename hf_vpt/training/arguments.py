@@ -57,15 +57,16 @@ class DataArguments:
     """Which images are learned from, and how they are prepared; see `hf_vpt.data.load_image_dataset`.
 
     Args:
-        dataset_name: `"digits"`, a folder, or a data set id on the Hub.
+        dataset_name: `"digits"`, `"drawn/sprite_location"`, `"drawn/sprite_orientation"`, `"drawn/counting"`, a
+            folder, or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
         validation_fraction: Share of the training images set aside for validation where no split is published.
         test_fraction: Share set aside for the test where no split is published.
-        split_seed: Decides which images are set aside; independent of `seed`, so that runs with different seeds share
-            their splits.
+        split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
+            runs with different seeds share their splits.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
@@ -76,7 +77,10 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(default="digits", metadata={"help": "digits, a folder, or a data set id on the Hub."})
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "digits, drawn/sprite_location (_orientation), drawn/counting, a folder, or id on the Hub."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
