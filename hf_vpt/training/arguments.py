@@ -9,6 +9,7 @@ from typing import Literal
 import transformers
 
 from ..data.processing import Augmentation
+from ..data.sources import resolve_variant
 from .ema import ExponentialMovingAverage
 
 
@@ -57,9 +58,13 @@ class DataArguments:
     """Which images are learned from, and how they are prepared; see `hf_vpt.data.load_image_dataset`.
 
     Args:
-        dataset_name: `"digits"`, a folder, or a data set id on the Hub.
+        dataset_name: `"digits"`, `"vtab/<task>"`, `"fgvc/<set>"`, a folder, a list of image files (.csv, .tsv, .json,
+            .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
+        dataset_variant: Which copy of a benchmark, see `hf_vpt.data.sources`: `"zip"` or `"full"` for VTAB-1k, `"hub"`
+            or `"official"` for FGVC. It is written into the results, because scores on two variants do not compare.
+        dataset_dir: Folder or archive of a benchmark that is on the disk already.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
         validation_fraction: Share of the training images set aside for validation where no split is published.
@@ -76,9 +81,13 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(default="digits", metadata={"help": "digits, a folder, or a data set id on the Hub."})
+    dataset_name: str = field(default="digits", metadata={"help": "digits, vtab/<task>, a folder, or a Hub id."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dataset_variant: str | None = field(
+        default=None, metadata={"help": "Copy of a benchmark: zip, full, hub, official."}
+    )
+    dataset_dir: str | None = field(default=None, metadata={"help": "Folder or archive of a benchmark on the disk."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes; found if left out."})
     validation_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside for validation."})
@@ -93,6 +102,7 @@ class DataArguments:
         for name in ("shuffle_buffer_size", "num_held_out"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
+        resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
 
 
 @dataclass

@@ -119,6 +119,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             data_args.dataset_name,
             config_name=data_args.dataset_config_name,
             revision=data_args.dataset_revision,
+            variant=data_args.dataset_variant,
+            data_dir=data_args.dataset_dir,
             image_column=data_args.image_column,
             label_column=data_args.label_column,
             validation_fraction=data_args.validation_fraction,

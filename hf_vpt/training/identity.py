@@ -9,7 +9,8 @@ from transformers import TrainerCallback
 from .arguments import DataArguments, ModelArguments
 
 
-DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "image_column", "label_column")
+DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_variant")
+DATA_FIELDS += ("image_column", "label_column")
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
 
 
