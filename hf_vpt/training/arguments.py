@@ -8,6 +8,7 @@ from typing import Literal
 
 import transformers
 
+from ..data.preprocessing import Preprocessing, check_preprocessing
 from ..data.processing import Augmentation
 from ..data.sources import resolve_variant
 from .ema import ExponentialMovingAverage
@@ -73,6 +74,9 @@ class DataArguments:
             their splits.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
+        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
+            on VTAB-1k and FGVC were measured with, random crops and flips of FGVC's training images included; see
+            `hf_vpt.data.preprocessing`.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
@@ -94,6 +98,7 @@ class DataArguments:
     test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
+    preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
@@ -103,6 +108,7 @@ class DataArguments:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
         resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
+        check_preprocessing(self.preprocessing, self.dataset_name, self.augmentation)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from transformers.trainer_utils import has_length
 
 from ..data import AugmentedImages
 from ..data.fingerprint import fingerprint_splits
+from ..data.preprocessing import choose_augmentation
 from ..data.sources import resolve_variant
 from .arguments import DataArguments
 
@@ -29,6 +30,8 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         "dataset_name": data_args.dataset_name,
         "dataset_variant": resolve_variant(data_args.dataset_name, data_args.dataset_variant, data_args.dataset_dir),
         "dataset_fingerprint": fingerprint_splits(images),
+        "preprocessing": data_args.preprocessing,
+        "augmentation": choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name),
         "num_images": {split: len(part) if has_length(part) else None for split, part in data.items()},
         "label_names": data["train"].features["label"].names,
     }

@@ -14,6 +14,7 @@ from transformers import TrainerState, enable_full_determinism, set_seed
 from transformers.utils import logging
 
 from ..data import collate_images, load_image_dataset
+from ..data.preprocessing import choose_processor
 from .comparison import describe_data
 from .identity import RunIdentity
 from .images import count_in_steps, prepare_images, sample_batches
@@ -141,6 +142,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         # Pinned memory only speeds up copies to an accelerator, and PyTorch warns where there is none.
         training_args.dataloader_pin_memory = False
     processor = load_image_processor(model_args)
+    processor = choose_processor(processor, data_args.preprocessing, data_args.dataset_name)
     model = load_classifier(model_args, data["train"].features["label"].names)
     model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 
