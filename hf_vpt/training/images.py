@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..data import AugmentedImages, ImageTransform, StreamedImages, collate_images
+from ..data.preprocessing import choose_augmentation
 from ..tuners.provpt import PROVPTConfig
 from .arguments import DataArguments, TrainingArguments
 
@@ -34,11 +35,12 @@ def prepare_images(
 
     Args:
         splits: What `load_image_dataset` returns.
-        processor: The backbone's image processor.
+        processor: What `choose_processor` returns.
         data_args: Augmentation and shuffling.
         training_args: The seed.
     """
-    plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
+    augmentation = choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name)
+    plain, augmented = ImageTransform(processor), ImageTransform(processor, augmentation)
     seed = training_args.seed
     prepared = {}
     for split, images in splits.items():
