@@ -8,6 +8,7 @@ from typing import Literal
 
 import transformers
 
+from ..data.decoding import BrokenImages, check_broken_images
 from ..data.preprocessing import Preprocessing, check_preprocessing
 from ..data.processing import Augmentation
 from ..data.sources import resolve_variant
@@ -77,6 +78,8 @@ class DataArguments:
         preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
             on VTAB-1k and FGVC were measured with, random crops and flips of FGVC's training images included; see
             `hf_vpt.data.preprocessing`.
+        broken_images: What happens to images that cannot be read: `"stop"` names the first one that training meets and
+            ends; `"skip"` leaves them out and counts them. Unless images are streamed, all are then read once first.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
@@ -99,6 +102,7 @@ class DataArguments:
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
     preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
+    broken_images: BrokenImages = field(default="stop", metadata={"help": "At an image that cannot be read."})
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
@@ -108,6 +112,7 @@ class DataArguments:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
         resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
+        check_broken_images(self.broken_images)
         check_preprocessing(self.preprocessing, self.dataset_name, self.augmentation)
 
 

@@ -26,6 +26,7 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         data: The splits that `build_trainer` returns.
     """
     images = {split: part.images if isinstance(part, AugmentedImages) else part for split, part in data.items()}
+    num_broken = {split: part.num_broken for split, part in data.items()}
     return {
         "dataset_name": data_args.dataset_name,
         "dataset_variant": resolve_variant(data_args.dataset_name, data_args.dataset_variant, data_args.dataset_dir),
@@ -33,6 +34,7 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         "preprocessing": data_args.preprocessing,
         "augmentation": choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name),
         "num_images": {split: len(part) if has_length(part) else None for split, part in data.items()},
+        "num_broken_images": num_broken,
         "label_names": data["train"].features["label"].names,
     }
 
