@@ -25,6 +25,12 @@ from hf_vpt.data import (
 from hf_vpt.training import DataArguments, parse_arguments, train_classifier
 
 
+@pytest.fixture(autouse=True)
+def short_passes_end_at_once(monkeypatch):
+    # `datasets` waits five seconds at the end of some passes, which is nothing in passes of hours.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.05, raising=False)
+
+
 def encode(image, kind="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **options)
