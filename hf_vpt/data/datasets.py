@@ -63,10 +63,11 @@ def load_image_dataset(
     drawn near the start of the training split; these, and copies of them, are passed over in training.
 
     Args:
-        name: `"digits"` (packaged, offline); a benchmark, `"vtab/<task>"` or `"fgvc/<set>"`, see
-            `hf_vpt.data.sources`; a folder (images in one subfolder a class, with or without train/validation/test
-            folders above them; parquet files; .tar shards of WebDataset; or what `save_to_disk` wrote); a .csv, .tsv,
-            .json or .jsonl list of image files and classes; or the id of a data set on the Hub.
+        name: `"digits"` (packaged, offline); `"drawn/sprite_location"`, `"drawn/sprite_orientation"` or
+            `"drawn/counting"` (drawn on the spot, see `hf_vpt.data.sprites.load_drawn`); a benchmark, `"vtab/<task>"`
+            or `"fgvc/<set>"`, see `hf_vpt.data.sources`; a folder (images in one subfolder a class, with or without
+            train/validation/test folders above them; parquet files; .tar shards of WebDataset; or what `save_to_disk`
+            wrote); a .csv, .tsv, .json or .jsonl list of image files and classes; or the id of a data set on the Hub.
         config_name: Configuration of a data set that has several.
         revision: Branch, tag or commit of a data set on the Hub.
         image_column: Column of the images. Default: the only column whose type is `Image`.
@@ -74,8 +75,8 @@ def load_image_dataset(
             `ClassLabel`, or else the one called label, labels, class or target.
         validation_fraction: Share of the training images that becomes the validation split, in (0, 1).
         test_fraction: Share of the training images that becomes the test split where nothing else can be, in (0, 1).
-        seed: Decides which images go to the drawn splits. Unrelated to the seed of training, so that runs that differ
-            in their training seed see the same images.
+        seed: Decides which images go to the drawn splits, and what drawn data sets show. Unrelated to the seed of
+            training, so that runs that differ in their training seed see the same images.
         cache_dir: Folder for what is downloaded and converted. Default: the one of `datasets`.
         streaming: Return streams, for data sets that are too large to download or convert.
         num_held_out: Images of a stream that become the validation or test split where it publishes none, at least 1.
@@ -136,6 +137,10 @@ def _load(
         from .digits import load_digits
 
         return load_digits(seed)
+    if name.startswith("drawn/"):
+        from .sprites import load_drawn
+
+        return load_drawn(name, seed)
     if is_benchmark(name):
         if streaming:
             raise ValueError(
@@ -156,7 +161,7 @@ def _load(
         return load_dataset(str(path), config_name, cache_dir=cache_dir, streaming=streaming)
     if name.startswith(("/", ".", "~")):
         raise FileNotFoundError(
-            f"There is no folder '{name}'. A data set is 'digits', an existing folder or list, or an id on the Hub "
-            "such as 'user/name': correct the path."
+            f"There is no folder '{name}'. A data set is 'digits', a drawn one such as 'drawn/counting', an existing "
+            "folder or list, or an id on the Hub such as 'user/name': correct the path."
         )
     return load_dataset(name, config_name, revision=revision, cache_dir=cache_dir, streaming=streaming)

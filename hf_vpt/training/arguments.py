@@ -60,8 +60,8 @@ class DataArguments:
     """Which images are learned from, and how they are prepared; see `hf_vpt.data.load_image_dataset`.
 
     Args:
-        dataset_name: `"digits"`, `"vtab/<task>"`, `"fgvc/<set>"`, a folder, a list of image files (.csv, .tsv, .json,
-            .jsonl), or a data set id on the Hub.
+        dataset_name: `"digits"`, `"drawn/<task>"`, `"vtab/<task>"`, `"fgvc/<set>"`, a folder, a list of image files
+            (.csv, .tsv, .json, .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
         dataset_variant: Which copy of a benchmark, see `hf_vpt.data.sources`: `"zip"` or `"full"` for VTAB-1k, `"hub"`
@@ -71,8 +71,8 @@ class DataArguments:
         label_column: Column of the classes. Default: found by its type or name.
         validation_fraction: Share of the training images set aside for validation where no split is published.
         test_fraction: Share set aside for the test where no split is published.
-        split_seed: Decides which images are set aside; independent of `seed`, so that runs with different seeds share
-            their splits.
+        split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
+            runs with different seeds share their splits.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
         preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
@@ -88,7 +88,10 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(default="digits", metadata={"help": "digits, vtab/<task>, a folder, or a Hub id."})
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "digits, drawn/counting, vtab/<task>, fgvc/<set>, a folder, a list, or an id on the Hub."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_variant: str | None = field(
