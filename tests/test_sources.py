@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 import zipfile
 from collections import namedtuple
@@ -208,6 +210,19 @@ def test_an_extraction_that_fails_leaves_nothing_behind(load, tmp_path, monkeypa
     if trouble != "damaged":
         monkeypatch.undo()
         assert len(load("vtab/dtd", data_dir=str(path))["train"]) == 60
+
+
+def test_what_a_killed_process_left_is_not_used_and_goes_away_when_it_is_old(load, tmp_path):
+    path = write_zip(tmp_path / "vtab-1k.zip", vtab_files())
+    load("vtab/dtd", data_dir=str(path))
+    (folder,) = (tmp_path / "cache").rglob("dtd")
+    old, new = (folder.with_name(f"dtd.draft-{name}") for name in ("old", "new"))
+    folder.rename(old)
+    (old / "test.txt").unlink()
+    shutil.copytree(old, new)
+    os.utime(old, (0, 0))
+    assert len(load("vtab/dtd", data_dir=str(path))["test"]) == 20
+    assert (folder.is_dir(), old.exists(), new.exists()) == (True, False, True)
 
 
 @pytest.mark.parametrize(
@@ -472,6 +487,16 @@ def test_fgvc_on_the_hub_is_read_without_its_corrupted_copies(load, tmp_path, mo
     splits = load("fgvc/stanfordcars", revision="abc")
     assert asked == [("tanganke/stanford_cars", "abc")]
     assert {split: len(data) for split, data in splits.items()} == {"train": 36, "validation": 4, "test": 4}
+
+
+def test_a_repository_without_a_test_split_is_an_error(load, tmp_path, monkeypatch):
+    from datasets import load_dataset
+
+    for number in range(4):
+        write(tmp_path / "repo" / "train" / f"car{number % 2}" / f"{number}.png", jpeg(number))
+    monkeypatch.setattr(fgvc_module, "load_dataset", lambda *_, **__: load_dataset(str(tmp_path / "repo")))
+    with pytest.raises(ValueError, match=r"has the splits \['train'\] and no test. A benchmark needs both"):
+        load("fgvc/stanfordcars")
 
 
 # --- lists of image files

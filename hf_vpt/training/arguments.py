@@ -64,8 +64,8 @@ class DataArguments:
             (.csv, .tsv, .json, .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
-        dataset_variant: Which copy of a benchmark, see `hf_vpt.data.sources`: `"zip"` or `"full"` for VTAB-1k, `"hub"`
-            or `"official"` for FGVC. It is written into the results, because scores on two variants do not compare.
+        dataset_variant: Which copy of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"` or `"official"` for FGVC;
+            see `hf_vpt.data.sources`. Scores on two variants do not compare.
         dataset_dir: Folder or archive of a benchmark that is on the disk already.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
@@ -73,11 +73,12 @@ class DataArguments:
         test_fraction: Share set aside for the test where no split is published.
         split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
             runs with different seeds share their splits.
+        images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`.
+        validation_images_per_class: The same for the validation split. The test split is never cut.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
-        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
-            on VTAB-1k and FGVC were measured with, random crops and flips of FGVC's training images included; see
-            `hf_vpt.data.preprocessing`.
+        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for that of published
+            scores on VTAB-1k and FGVC, random crops and flips in training included; see `choose_processor`.
         broken_images: What happens to images that cannot be read: `"stop"` names the first one that training meets and
             ends; `"skip"` leaves them out and counts them. Unless images are streamed, all are then read once first.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
@@ -103,6 +104,8 @@ class DataArguments:
     validation_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside for validation."})
     test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
+    images_per_class: int | None = field(default=None, metadata={"help": "Training images kept of each class."})
+    validation_images_per_class: int | None = field(default=None, metadata={"help": "The same for validation."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
     preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
     broken_images: BrokenImages = field(default="stop", metadata={"help": "At an image that cannot be read."})
@@ -111,8 +114,8 @@ class DataArguments:
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
 
     def __post_init__(self):
-        for name in ("shuffle_buffer_size", "num_held_out"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("shuffle_buffer_size", "num_held_out", "images_per_class", "validation_images_per_class"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
         resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
         check_broken_images(self.broken_images)

@@ -128,6 +128,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             seed=data_args.split_seed,
             streaming=data_args.streaming,
             num_held_out=data_args.num_held_out,
+            images_per_class=data_args.images_per_class,
+            validation_images_per_class=data_args.validation_images_per_class,
         )
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(
