@@ -99,6 +99,32 @@ def test_a_run_takes_the_number_from_its_settings_and_does_not_go_on_with_anothe
         identities[1].load_state_dict(identities[0].state_dict())
 
 
+# --- validation images that are trained on
+
+
+def test_validation_images_join_train_and_stay_in_validation(folder, tmp_path):
+    apart, together = (load_image_dataset(folder, train_on_validation=joined) for joined in (False, True))
+    assert greys(together["train"]) == greys(apart["train"]) | greys(apart["validation"])
+    assert len(together["train"]) == len(apart["train"]) + len(apart["validation"])
+    assert greys(together["validation"]) == greys(apart["validation"])
+    assert greys(together["test"]) == greys(apart["test"])
+    stream = load_image_dataset(folder, train_on_validation=True, streaming=True)
+    assert len(list(stream["train"])) == len(together["train"])
+    (tmp_path / "parquet").mkdir()
+    apart["train"].to_parquet(tmp_path / "parquet" / "train.parquet")
+    with pytest.raises(ValueError, match="streaming and train_on_validation"):
+        load_image_dataset(str(tmp_path / "parquet"), train_on_validation=True, streaming=True)
+
+
+def test_images_that_are_trained_on_do_not_choose_the_epoch(folder, tmp_path):
+    options = ["--method", "linear_probe", "--dataset_name", folder, "--use_cpu", "--train_on_validation"]
+    options += ["--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="cannot tell the best epoch: add --no_load_best_model_at_end"):
+        build_trainer(parse_arguments(options))
+    _, data = build_trainer(parse_arguments([*options, "--no_load_best_model_at_end"]))
+    assert (len(data["train"]), len(data["validation"])) == (47, 12)
+
+
 # --- classes that cannot be right
 
 

@@ -96,7 +96,7 @@ def test_every_data_set_that_a_configuration_names_has_a_source():
     [
         ("vtab/cifar", None, None, r"'vtab/cifar'.*vtab has caltech101, camelyon, cifar100.*choose one"),
         ("fgvc/birds", None, None, "fgvc has cub, nabirds, oxfordflower, stanfordcars, stanforddogs"),
-        ("vtab/dtd", "hub", None, "dataset_variant is 'hub'.*zip and full.*choose one"),
+        ("vtab/dtd", "hub", None, "dataset_variant is 'hub'.*zip, full.*choose one"),
         ("fgvc/nabirds", "hub", None, "No public copy.*pass the folder as dataset_dir"),
         ("fgvc/cub", "hub", "birds", "dataset_variant hub and dataset_dir 'birds'.*choose the variant official"),
         ("digits", "zip", None, "dataset_variant with the data set 'digits'.*leave it out"),
@@ -443,6 +443,28 @@ def test_stanford_dogs_have_the_names_of_their_folders(load, tmp_path, lists):
     assert greys(splits["test"]) == [22, 23, 24, 25]
     assert splits["test"]["label"][:] == [0, 1, 0, 1]
     assert splits["test"].features["label"].names == ["Chihuahua", "Maltese_dog"]
+
+
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_vpts_lists_decide_all_three_splits(load, tmp_path, inside):
+    names = [f"{number:03d}.Bird/{number}.jpg" for number in range(30)]
+    for number, name in enumerate(names):
+        write(tmp_path / inside / name, jpeg(number))
+    for file, part in {"train": range(20), "val": range(20, 24), "test": range(24, 30)}.items():
+        classes = {names[number]: (295, 1010)[number % 2] for number in part}  # NABirds' numbers have gaps
+        write(tmp_path / f"{file}.json", json.dumps(classes))
+    splits = load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    assert [greys(splits[split]) for split in SPLITS] == [list(range(20)), list(range(20, 24)), list(range(24, 30))]
+    assert all(data["label"][:] == [grey % 2 for grey in greys(data)] for data in splits.values())
+    assert splits["test"].features["label"].names == ["295", "1010"]
+    write(tmp_path / "val.json", '["a"]')
+    with pytest.raises(ValueError, match="val.json' is no object from paths to numbers.*get the list anew"):
+        load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    (tmp_path / "val.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no val.json.*VPT's three lists.*choose variant official"):
+        load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="fgvc/cub without dataset_dir. Its variant lists"):
+        load("fgvc/cub", variant="lists")
 
 
 def test_a_folder_of_another_set_is_an_error_that_lists_what_is_missing(load, tmp_path):

@@ -11,6 +11,7 @@ from datasets import (
     Image,
     IterableDataset,
     IterableDatasetDict,
+    concatenate_datasets,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -41,6 +42,7 @@ def load_image_dataset(
     data_dir: str | None = None,
     images_per_class: int | None = None,
     validation_images_per_class: int | None = None,
+    train_on_validation: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Load images and their classes, ready to train on, choose with, and test on.
 
@@ -83,12 +85,14 @@ def load_image_dataset(
         streaming: Return streams, for data sets that are too large to download or convert.
         num_held_out: Images of a stream that become the validation or test split where it publishes none, at least 1.
             They are kept in memory, encoded.
-        variant: Which of several copies of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"` or `"official"` for
-            FGVC. Scores on two variants cannot be compared.
+        variant: Which of several copies of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"`, `"official"` or
+            `"lists"` for FGVC. Scores on two variants cannot be compared.
         data_dir: Folder or archive of a benchmark that is on the disk already.
         images_per_class: Few-shot learning: keep so many training images of each class, at least 1. They are drawn by
             `seed`, and fewer images are among more. Default: all.
         validation_images_per_class: The same for the validation split. The test split is never cut.
+        train_on_validation: Add the validation images to train, as final runs on VTAB-1k do when everything has been
+            chosen. The validation split stays what it was and then says nothing about new images.
 
     Returns:
         Splits `train`, `validation` and `test`, each with the columns `image` (`Image`) and `label` (`ClassLabel`, the
@@ -120,9 +124,10 @@ def load_image_dataset(
     few = {"train": images_per_class, "validation": validation_images_per_class}
     few = {split: number for split, number in few.items() if number is not None}
     if isinstance(splits, IterableDatasetDict):
-        if few:
+        if few or train_on_validation:
+            option = "images_per_class" if few else "train_on_validation"
             raise ValueError(
-                f"Found streaming and images_per_class for '{name}'. Nobody has counted the classes of a stream: "
+                f"Found streaming and {option} for '{name}'. Nobody has counted the classes and images of a stream: "
                 "leave streaming out."
             )
         return complete_streams(splits, num_held_out, seed, name)
@@ -134,6 +139,8 @@ def load_image_dataset(
     splits = complete_splits(splits, validation_fraction, test_fraction, seed, name)
     for split, number in few.items():
         splits[split] = take_from_each_class(splits[split], number, seed, f"The {split} split of '{name}'")
+    if train_on_validation:
+        splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
     return {**splits, "train": to_stream(splits["train"], seed)} if streaming else splits
 
 

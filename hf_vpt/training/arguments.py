@@ -64,8 +64,8 @@ class DataArguments:
             (.csv, .tsv, .json, .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
-        dataset_variant: Which copy of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"` or `"official"` for FGVC;
-            see `hf_vpt.data.sources`. Scores on two variants do not compare.
+        dataset_variant: Which copy of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"`, `"official"` or `"lists"`
+            for FGVC; see `hf_vpt.data.sources`. Scores on two variants do not compare.
         dataset_dir: Folder or archive of a benchmark that is on the disk already.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
@@ -75,6 +75,7 @@ class DataArguments:
             runs with different seeds share their splits.
         images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`.
         validation_images_per_class: The same for the validation split. The test split is never cut.
+        train_on_validation: Train on the validation images too, once everything is chosen, as final runs on VTAB-1k do.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
         preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for that of published
@@ -96,7 +97,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_variant: str | None = field(
-        default=None, metadata={"help": "Copy of a benchmark: zip, full, hub, official."}
+        default=None, metadata={"help": "Copy of a benchmark: zip, full; hub, official, lists."}
     )
     dataset_dir: str | None = field(default=None, metadata={"help": "Folder or archive of a benchmark on the disk."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
@@ -106,6 +107,7 @@ class DataArguments:
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
     images_per_class: int | None = field(default=None, metadata={"help": "Training images kept of each class."})
     validation_images_per_class: int | None = field(default=None, metadata={"help": "The same for validation."})
+    train_on_validation: bool = field(default=False, metadata={"help": "Add the validation images to train."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
     preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
     broken_images: BrokenImages = field(default="stop", metadata={"help": "At an image that cannot be read."})

@@ -34,6 +34,7 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         "preprocessing": data_args.preprocessing,
         "augmentation": choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name),
         "images_per_class": data_args.images_per_class,
+        "train_on_validation": data_args.train_on_validation,
         "num_images": {split: len(part) if has_length(part) else None for split, part in data.items()},
         "num_broken_images": num_broken,
         "label_names": data["train"].features["label"].names,
