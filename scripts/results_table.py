@@ -17,15 +17,16 @@ from hf_vpt.training import check_comparable
 
 
 # Runs of one row lie in <folder>/<configuration>/seed<n>/metrics.json; baselines first, then as the papers appeared.
-ROWS = {
-    "linear_probe/digits": "linear probe",
-    "vpt/digits_shallow": "VPT-Shallow",
-    "vpt/digits": "VPT-Deep",
-    "vapt/digits": "VAPT",
-    "provpt/digits": "PRO-VPT",
-    "bpt/digits": "BPT",
-    "full/digits": "full fine-tuning",
+METHODS = {
+    "linear_probe/{}": "linear probe",
+    "vpt/{}_shallow": "VPT-Shallow",
+    "vpt/{}": "VPT-Deep",
+    "vapt/{}": "VAPT",
+    "provpt/{}": "PRO-VPT",
+    "bpt/{}": "BPT",
+    "full/{}": "full fine-tuning",
 }
+ROWS = {folder.format(data): title for data in ("digits", "drawn") for folder, title in METHODS.items()}
 
 
 def main() -> None:

@@ -5,14 +5,17 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt.benchmark import (
     BAKED,
     BENCHMARK_BACKBONES,
+    COMPILED,
     FLOOR,
     VARIANTS,
     BenchmarkArguments,
@@ -98,6 +101,16 @@ def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert not own & frozen, name
         assert name == "full fine-tuning" or {id(p) for p in model.parameters()} & frozen, name
+
+
+def test_a_compiled_model_is_measured_beside_the_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    results = run_benchmark(BenchmarkArguments(variants=["VPT-Deep"], compile=True, count=True, **sizes))
+    assert [row.variant for row in results] == [FLOOR, FLOOR + COMPILED, "VPT-Deep", "VPT-Deep" + COMPILED]
+    assert results[2].flops and results[3].flops is None
+    assert results[2].trained_parameters == results[3].trained_parameters
+    assert "| VPT-Deep, compiled |" in to_markdown(results)
 
 
 def test_an_unknown_variant_is_an_error_that_names_the_known_ones():

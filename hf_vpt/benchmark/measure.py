@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
-from .variants import BAKED, BENCHMARK_BACKBONES, CONCATENATED, FLOOR, VARIANTS
+from .variants import BAKED, BENCHMARK_BACKBONES, COMPILED, CONCATENATED, FLOOR, VARIANTS
 
 
 Mode = Literal["training", "inference"]
@@ -47,7 +47,7 @@ class BenchmarkArguments:
         dtype: Number format: of weights and images, or `"autocast"` for bfloat16 products on float32 weights.
         num_threads: Threads of PyTorch on a CPU.
         attn_implementation: Attention backend of Transformers.
-        compile: Whether models are compiled.
+        compile: Whether each model is measured a second time, compiled.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
         count: Whether operations, bytes kept and peak memory are measured as well, in passes of their own.
     """
@@ -68,7 +68,7 @@ class BenchmarkArguments:
     )
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "Attention backend."})
-    compile: bool = field(default=False, metadata={"help": "Compile the models."})
+    compile: bool = field(default=False, metadata={"help": "Measure compiled models as well."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations a second time."})
     count: bool = field(default=False, metadata={"help": "Count operations and memory as well."})
 
@@ -198,21 +198,25 @@ def _measure_round(
     runs, forwards = {}, {}
     if mode == "training":
         models = {name: model for name, model in models.items() if not name.endswith(BAKED)}
+    measured: dict[str, nn.Module] = {}
     for name, model in models.items():
         model.train(mode == "training" and name not in IN_EVALUATION_MODE)
         called = DistributedDataParallel(model) if mode == "training" and distributed.is_initialized() else model
-        called = torch.compile(called) if args.compile else called
         inputs = {"pixel_values": images, "labels": labels}
         if num_adapters > 1 and name != FLOOR:
             inputs["adapter_names"] = [str(number % num_adapters) for number in range(len(images))]
-        forwards[name] = _forward(called, inputs, args, grad=mode == "training")
-        runs[name] = _step(model, forwards[name]) if mode == "training" else forwards[name]
+        forms = {name: called} | ({name + COMPILED: torch.compile(called)} if args.compile else {})
+        for form, called in forms.items():
+            measured[form] = model
+            forwards[form] = _forward(called, inputs, args, grad=mode == "training")
+            runs[form] = _step(model, forwards[form]) if mode == "training" else forwards[form]
     seconds = interleaved_seconds(runs, args.repeats, device=args.device)
     floor = statistics.median(seconds[FLOOR])
     results = []
-    for name, model in models.items():
+    for name, model in measured.items():
         counts: dict[str, int | None] = {}
-        if args.count:
+        # Operations and memory of compiled code are not what modules do one after the other.
+        if args.count and not name.endswith(COMPILED):
             counts["flops"] = count_flops(runs[name])
             model.zero_grad()
             counts["saved_bytes"] = count_saved_bytes(forwards[name], model) if mode == "training" else None

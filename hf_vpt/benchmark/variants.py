@@ -26,6 +26,7 @@ from ..tuners.vpt import VPTConfig
 FLOOR = "frozen backbone, no prompts"
 CONCATENATED = ", concatenated"
 BAKED = ", baked"
+COMPILED = ", compiled"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..benchmark import BAKED, CONCATENATED, FLOOR, Measurement
+from ..benchmark import BAKED, COMPILED, CONCATENATED, FLOOR, Measurement
 from .figure import new_figure
 
 
@@ -16,7 +16,7 @@ LABELS = {
     "batch_size": "images in a batch",
     "num_adapters": "adapters in a batch",
 }
-LINES = {CONCATENATED: "--o", BAKED: ":o"}
+LINES = {CONCATENATED: "--o", BAKED: ":o", COMPILED: "-.o"}
 
 
 def plot_cost(
@@ -52,4 +52,6 @@ def plot_cost(
 
 
 def _method(name: str) -> str:
-    return name.removesuffix(CONCATENATED).removesuffix(BAKED)
+    for ending in (COMPILED, *LINES):
+        name = name.removesuffix(ending)
+    return name

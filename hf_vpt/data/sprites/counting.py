@@ -1,8 +1,9 @@
-"""How many coloured objects there are, from 3 to 10 as in CLEVR's counting task.
+"""How many coloured objects there are, from 1 to 8: eight classes, as in the counting task that VTAB makes of CLEVR.
 
-Neither area nor brightness gives the number away: the objects of an image share an area that is drawn without regard
-to how many they are, background and colours vary in brightness, and up to four grey objects of the same shapes, which
-do not count, lie among them. What remains is to tell objects apart and to count them.
+Neither area nor brightness alone gives the number away: the objects of an image share an area that is drawn without
+regard to how many they are, background and colours vary in brightness, and up to four dark grey objects of the same
+shapes, which do not count, lie among them. Size does tell something, since fewer objects are larger ones: a
+random forest that is given nothing but the area of the largest one names the number in 43 % of the test images.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .shapes import ANGLES, PIXEL, SAMPLES, coverage, reach
 
 
 IMAGE_SIZE = 64  # pixels
-COUNTS = tuple(range(3, 11))
+COUNTS = tuple(range(1, 9))
 SHAPES = ("disc", "square", "ellipse", "heart")
 # Which of red, green and blue an object has in full; of the others it has a quarter.
 HUES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
@@ -25,7 +26,7 @@ AREA = (240, 480)  # pixels, of all coloured objects together
 WEIGHT = (2, 5)  # share of one object in that area, relative to the others
 GREY_AREA = (20, 90)  # pixels, of one grey object
 MAX_GREY = 4
-BACKGROUND, GREY, COLOUR = (0, 100), (130, 255), (150, 255)  # brightness of 255
+BACKGROUND, GREY, COLOUR = (0, 30), (50, 75), (150, 255)  # brightness of 255
 GAP = 2 * PIXEL  # between objects, so that they stay apart
 TRIES = 50  # places for one object, before all objects of the image are placed anew
 
@@ -47,7 +48,7 @@ def draw_counting(integers: Integers, label: int, count: int) -> np.ndarray:
 
     Args:
         integers: Where chance comes from.
-        label: Class, 0 to 7, for 3 to 10 objects.
+        label: Class, 0 to 7, for 1 to 8 objects.
         count: Number of images B.
 
     Returns:

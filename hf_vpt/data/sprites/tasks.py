@@ -42,7 +42,7 @@ def load_drawn(task: str, seed: int = 0) -> DatasetDict:
       and scale.
     - `sprite_orientation`: to which of the 16 points of the compass the tip of a white heart, teardrop or triangle
       points, whatever its place and scale.
-    - `counting`: how many coloured objects there are, 3 to 10, whatever their area, shapes, colours and the grey
+    - `counting`: how many coloured objects there are, 1 to 8, whatever their area, shapes, colours and the grey
       objects between them.
 
     Args:
