@@ -133,8 +133,9 @@ def check_broken_images(policy: BrokenImages) -> None:
 
 def undecoded(data: datasets.Dataset, column: str) -> datasets.Dataset:
     """Return a data set whose images are left as files, for `decode_to_rgb` to read; others are left as they are."""
-    feature = data.features.get(column)
-    return data.cast_column(column, ImageFeature(decode=False)) if isinstance(feature, ImageFeature) else data
+    if isinstance(data, datasets.Dataset) and isinstance(data.features.get(column), ImageFeature):
+        return data.cast_column(column, ImageFeature(decode=False))
+    return data
 
 
 def readable(images: Sequence[Any]) -> list[Image.Image | None]:

@@ -75,7 +75,7 @@ class DataArguments:
             runs with different seeds share their splits.
         images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`.
         validation_images_per_class: The same for the validation split. The test split is never cut.
-        train_on_validation: Train on the validation images too, once everything is chosen, as final runs on VTAB-1k do.
+        train_on_validation: Train on validation images too, once everything is chosen, as final runs on VTAB-1k do.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
         preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for that of published
