@@ -10,9 +10,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
+from hf_vpt.data.decoding import BrokenImageError
 from hf_vpt.sweep import PUBLISHED_GRID, parse_sweep, protocol, run_sweep, runs
 from hf_vpt.training import (
     ImageClassificationTrainer,
@@ -114,7 +114,7 @@ def test_a_sweep_chooses_on_validation_and_reports_every_run(swept):
     for run in results["final"]:
         metrics = run["metrics"]
         assert metrics == json.loads((out / "final" / f"seed{run['seed']}" / "metrics.json").read_text())
-        assert metrics["num_images"] == {"train": 36, "test": 12}
+        assert metrics["num_images"] == {"train": 36, "validation": 12, "test": 12}
         assert metrics["best_epoch"] == 3 and not [name for name in metrics if name.startswith("validation")]
         assert metrics["seed"] == run["seed"]
     accuracies = [run["metrics"]["test_accuracy"] for run in results["final"]]
@@ -150,10 +150,10 @@ def test_trials_never_look_at_the_test_split(words, folder, monkeypatch):
     monkeypatch.setattr(protocol, "run_final", record)
     plan = parse_sweep([*words, *GRID, *FINAL_SEEDS])
     lines = []
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(BrokenImageError):
         run_sweep(plan, lines.append)
     assert asked == ["final"] and any(line.startswith("[4/4]") for line in lines)
-    with pytest.raises(UnidentifiedImageError):
+    with pytest.raises(BrokenImageError):
         train_classifier(parse_arguments([*words, "--disable_tqdm", "1"]))  # a single run does look
 
 
@@ -163,10 +163,9 @@ def test_the_test_split_is_looked_at_once_for_each_final_seed_and_after_all_else
 
 
 def test_the_data_set_and_the_backbone_are_loaded_once(swept):
-    # Heads of the two final seeds are drawn anew.
-    assert [event for event in swept[3] if event.startswith("load")] == ["load_image_dataset"] + 3 * [
-        "load_classifier"
-    ]
+    loads = [event for event in swept[3] if event.startswith("load")]
+    # For the final runs validation images are joined to train, and the head of each seed is drawn anew.
+    assert loads == ["load_image_dataset", "load_classifier", "load_image_dataset", *2 * ["load_classifier"]]
 
 
 def test_trials_and_final_runs_are_those_of_the_training_script(swept, tmp_path):
@@ -329,8 +328,3 @@ def test_a_grid_in_a_file_is_a_mapping(words, tmp_path):
 def test_what_a_sweep_cannot_be_is_refused_before_anything_is_loaded(words, options, message):
     with pytest.raises(ValueError, match=message):
         parse_sweep([*words, *options])
-
-
-def test_training_on_validation_images_and_choosing_epochs_on_them_is_refused(words):
-    with pytest.raises(ValueError, match="train_on_validation with eval_strategy epoch.*pass --eval_strategy no"):
-        build_trainer(parse_arguments([*words, "--train_on_validation"]))

@@ -18,7 +18,7 @@ from ..data.preprocessing import choose_processor
 from ..tuners.base import PromptConfig
 from .comparison import describe_data
 from .identity import RunIdentity
-from .images import count_in_steps, join_validation, prepare_images, sample_batches
+from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
@@ -64,7 +64,8 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
     start = time.process_time()
     outcome = trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
     cpu_seconds = time.process_time() - start
-    validation = trainer.evaluate(metric_key_prefix="validation") if "validation" in data else {}
+    has_validation = not settings.data.train_on_validation
+    validation = trainer.evaluate(metric_key_prefix="validation") if has_validation else {}
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
     test = trainer.predict(data["test"], metric_key_prefix="test").metrics
 
@@ -108,7 +109,7 @@ def build_trainer(
         shared: What several runs of this process load once. Default: everything is loaded for this run.
 
     Returns:
-        The trainer, and the splits with their transforms; no validation split where it is trained on.
+        The trainer, and the three splits with their transforms.
     """
     load_images = load_image_dataset if shared is None else shared.load_image_dataset
     load_model = load_classifier if shared is None else shared.load_classifier
@@ -120,6 +121,11 @@ def build_trainer(
         raise ValueError(
             f"Found {started} processes of which each would train alone and write to '{training_args.output_dir}'. "
             "They need to know that they belong together: on a CPU, add --use_cpu."
+        )
+    if data_args.train_on_validation and training_args.load_best_model_at_end:
+        raise ValueError(
+            "Found train_on_validation and load_best_model_at_end. Images that are trained on cannot tell the best "
+            "epoch: add --no_load_best_model_at_end, which keeps the last one."
         )
     # The head and the prompts are drawn before Trainer sets the seed.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
@@ -137,9 +143,10 @@ def build_trainer(
             seed=data_args.split_seed,
             streaming=data_args.streaming,
             num_held_out=data_args.num_held_out,
+            images_per_class=data_args.images_per_class,
+            validation_images_per_class=data_args.validation_images_per_class,
+            train_on_validation=data_args.train_on_validation,
         )
-    if data_args.train_on_validation:
-        data = join_validation(data, training_args)
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(
             f"Found {training_args.n_gpu} GPUs in one process, which PyTorch's DataParallel would share. Prompts that "
@@ -162,7 +169,7 @@ def build_trainer(
         model=model,
         args=training_args,
         train_dataset=data["train"],
-        eval_dataset=data.get("validation"),
+        eval_dataset=data["validation"],
         data_collator=collate_images,
         processing_class=processor,
         compute_metrics=ComputeMetrics(),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BaseImageProcessor
@@ -30,53 +30,28 @@ def prepare_images(
     processor: BaseImageProcessor,
     data_args: DataArguments,
     training_args: TrainingArguments,
-) -> dict[str, AugmentedImages | StreamedImages | Dataset]:
+) -> dict[str, AugmentedImages | StreamedImages]:
     """Give every split its transform, and the training images order and augmentation that depend on the seed alone.
 
     Args:
         splits: What `load_image_dataset` returns.
         processor: What `choose_processor` returns.
-        data_args: Augmentation and shuffling.
+        data_args: Augmentation, shuffling, and what happens to broken images.
         training_args: The seed.
     """
     augmentation = choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name)
     plain, augmented = ImageTransform(processor), ImageTransform(processor, augmentation)
-    seed = training_args.seed
+    seed, broken = training_args.seed, data_args.broken_images
     prepared = {}
     for split, images in splits.items():
         if split == "train" and isinstance(images, IterableDataset):
-            prepared[split] = StreamedImages(images, augmented, seed, data_args.shuffle_buffer_size, repeat=True)
-        elif split == "train":
-            prepared[split] = AugmentedImages(images, augmented, seed)
+            buffer_size = data_args.shuffle_buffer_size
+            prepared[split] = StreamedImages(images, augmented, seed, buffer_size, repeat=True, broken_images=broken)
         elif isinstance(images, IterableDataset):
-            prepared[split] = StreamedImages(images, plain)
+            prepared[split] = StreamedImages(images, plain, broken_images=broken)
         else:
-            prepared[split] = images.with_transform(plain)
+            prepared[split] = AugmentedImages(images, augmented if split == "train" else plain, seed, broken)
     return prepared
-
-
-def join_validation(
-    splits: dict[str, Dataset | IterableDataset], training_args: TrainingArguments
-) -> dict[str, Dataset | IterableDataset]:
-    """Move the validation images to the training images, behind which they stand; no validation split is left.
-
-    Raises:
-        ValueError: Images are streamed, or epochs are to be scored or chosen on validation images.
-    """
-    if isinstance(splits["train"], IterableDataset):
-        raise ValueError(
-            "Found train_on_validation and streaming. Images of both splits can only be joined when they have been "
-            "counted: leave one of the two out."
-        )
-    if training_args.load_best_model_at_end or training_args.eval_strategy != IntervalStrategy.NO:
-        raise ValueError(
-            f"Found train_on_validation with eval_strategy {training_args.eval_strategy.value} and "
-            f"load_best_model_at_end {training_args.load_best_model_at_end}. Images that are learned from say nothing "
-            "about epochs: pass --eval_strategy no --load_best_model_at_end false, or leave train_on_validation out."
-        )
-    train, validation = splits["train"], splits["validation"].cast(splits["train"].features)
-    rest = {split: images for split, images in splits.items() if split not in ("train", "validation")}
-    return {"train": concatenate_datasets([train, validation]), **rest}
 
 
 def sample_batches(
@@ -88,7 +63,7 @@ def sample_batches(
     """
     plain = ImageTransform(processor)
     if isinstance(images, StreamedImages):
-        sample = StreamedImages(images.stream, plain)
+        sample = StreamedImages(images.stream, plain, broken_images=images.broken_images)
     else:
         sample = images.images.shuffle(seed=training_args.seed).with_transform(plain)
     yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
