@@ -55,7 +55,7 @@ table: setup  ## train every demo configuration with every seed and print the RE
 	    $(BIN)/accelerate launch scripts/train.py --config $$config --seed $$seed \
 	        --output_dir $(TABLE)/$$name/seed$$seed $(ARGS); \
 	done; done
-	$(BIN)/python scripts/results_table.py $(TABLE)
+	$(BIN)/python scripts/report.py $(TABLE)
 
 clean:  ## remove what training and tests leave behind; .venv and .venv-lowest stay
 	rm -rf outputs trainer_output build dist .pytest_cache .ruff_cache *.egg-info

@@ -1,9 +1,7 @@
 """Results say which images they are on, and those on different ones do not stand in one table."""
 
 import io
-import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,27 +99,6 @@ def test_results_on_different_data_are_not_compared(changed, words):
         check_comparable({"first": RESULT, "second": RESULT | changed})
     other = RESULT | changed | {"dataset_name": "vtab/dtd"}
     check_comparable({"first": RESULT, "second": RESULT, "third": other})
-
-
-def test_the_results_table_refuses_to_mix_variants(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import results_table
-
-    numbers = {"test_accuracy": 0.5, "method": "vpt", "trained_parameters": 9, "trained_parameters_without_head": 4}
-    for name, fingerprint_ in (("vpt/digits", "1"), ("vapt/digits", "1"), ("bpt/digits", "1")):
-        folder = tmp_path / name / "seed0"
-        folder.mkdir(parents=True)
-        result = RESULT | numbers | {"dataset_fingerprint": {"test": fingerprint_}}
-        (folder / "metrics.json").write_text(json.dumps(result))
-        (folder / "timings.json").write_text(json.dumps({"train_cpu_seconds": 3.0}))
-    monkeypatch.setattr(sys, "argv", ["results_table.py", str(tmp_path)])
-    results_table.main()
-    assert capsys.readouterr().out.count("| 50.0 |") == 3
-    (folder / "metrics.json").write_text(json.dumps(result | {"dataset_variant": "full"}))
-    with pytest.raises(ValueError, match="dataset_variant zip .*vpt/digits/seed0/metrics.json.* and full"):
-        results_table.main()
-    assert "50.0" not in capsys.readouterr().out
-    sys.modules.pop("results_table")
 
 
 def test_digits_have_one_fingerprint_for_each_seed():

@@ -1,7 +1,8 @@
 """Sweeps by the published protocol: search settings on validation images, train the best anew, test it once a seed."""
 
 from .arguments import PUBLISHED_GRID, SweepArguments
-from .ledger import Claim, Ledger
+from .claims import Claim
+from .ledger import Ledger
 from .plan import SweepPlan, parse_sweep
 from .protocol import run_sweep, work_off
 

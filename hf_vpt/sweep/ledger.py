@@ -8,56 +8,25 @@ it. A claim whose process was killed is followed by another one, the next attemp
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .claims import Claim, Entry
 from .owners import is_alive, this_process
+from .storage import import_optuna, open_study
 
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 HEARTBEAT_SECONDS = 20.0
-_ATTEMPTS_TO_OPEN = 10
 
 # Claims that this process is at work on. A claim of its own that is not among them broke off by an exception.
 _active: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The right to do a point.
-
-    Args:
-        point: Which one.
-        attempt: How many processes were at it before; what they left behind may be gone on from.
-        params: Settings of the point that an earlier attempt has drawn.
-        trial_id: The trial's id in the storage.
-        token: Unique name of the claim.
-    """
-
-    point: int
-    attempt: int
-    params: Mapping[str, Any]
-    trial_id: int
-    token: str
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A point that is done."""
-
-    point: int
-    params: Mapping[str, Any]
-    value: float
-    result: Mapping[str, Any]
-    attempts: int
 
 
 class Ledger:
@@ -83,15 +52,13 @@ class Ledger:
         greater_is_better: bool = True,
         stale_after: float = 300.0,
     ):
-        self.optuna = _import_optuna()
+        self.optuna = import_optuna()
         self.stale_after = stale_after
         self.greater_is_better = greater_is_better
         self.study_name = study_name
         self._last_signs: dict[int, tuple[Any, float]] = {}
-        self.storage = self._open(storage_url)
+        self.storage = open_study(storage_url, study_name, identity, greater_is_better)
         self.study_id = self.storage.get_study_id_from_name(study_name)
-        if identity is not None:
-            self._check_identity(json.loads(json.dumps(identity)))
 
     def claim(self, points: Sequence[int], params: Mapping[int, Mapping[str, Any]] | None = None) -> Claim | None:
         """Take a point that nobody has done or is at work on.
@@ -271,51 +238,3 @@ class Ledger:
 
     def _state(self, name: str) -> Any:
         return self.optuna.trial.TrialState[name]
-
-    def _open(self, url: str) -> Any:
-        from sqlalchemy.exc import SQLAlchemyError  # of Optuna's
-
-        direction = "maximize" if self.greater_is_better else "minimize"
-        for attempt in range(_ATTEMPTS_TO_OPEN):
-            try:
-                storage = self.optuna.storages.get_storage(self._storage(url))
-                self.optuna.create_study(
-                    study_name=self.study_name, storage=storage, direction=direction, load_if_exists=True
-                )
-                return storage
-            except (SQLAlchemyError, self.optuna.exceptions.StorageInternalError):
-                # Two processes that come first make the same tables, and one of them is told that they exist.
-                if attempt == _ATTEMPTS_TO_OPEN - 1:
-                    raise
-                time.sleep(0.2 * (attempt + 1))
-
-    def _storage(self, url: str) -> Any:
-        if not url.startswith("sqlite:"):
-            return url
-        # Writers of a file wait for each other; five seconds, the default, are short where many read.
-        return self.optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-
-    def _check_identity(self, identity: dict[str, Any]) -> None:
-        known = self.storage.get_study_user_attrs(self.study_id).get("identity")
-        if known is None:
-            self.storage.set_study_user_attr(self.study_id, "identity", identity)
-            return
-        changed = sorted(name for name in known.keys() | identity.keys() if known.get(name) != identity.get(name))
-        if changed:
-            found = ", ".join(f"{name} {known.get(name)}" for name in changed)
-            wanted = ", ".join(f"{name} {identity.get(name)}" for name in changed)
-            raise ValueError(
-                f"Found the study '{self.study_name}' made with {found}, and a sweep with {wanted}. A sweep goes on "
-                "with the settings it began with: use another output_dir or study_name, or the old settings."
-            )
-
-
-def _import_optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError(
-            "Found no Optuna. Sweeps write down their trials with it: install it with `pip install hf_vpt[sweep]`."
-        ) from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..data.augmented import draw_seed
 from ..training import SharedLoader
-from .ledger import Claim, Entry, Ledger
+from .claims import Claim, Entry
+from .ledger import Ledger
 from .plan import SweepPlan
 from .runs import remove_checkpoints, run_final, run_trial
 from .summary import collect, describe, progress_line, write_results

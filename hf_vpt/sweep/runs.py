@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import shutil
 import time
@@ -16,8 +17,8 @@ from transformers.utils import logging
 
 from ..training import SharedLoader, build_trainer, train_classifier
 from ..training.checkpoints import find_checkpoints
-from ..training.experiment import _epoch_of_weights
-from .ledger import Claim
+from ..training.experiment import TIMINGS_FILE, epoch_of_weights
+from .claims import Claim
 from .plan import SweepPlan
 
 
@@ -42,7 +43,7 @@ def run_trial(
             trainer, _ = build_trainer(settings, shared)
             trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
             scores = trainer.evaluate(metric_key_prefix="validation")
-            epoch = _epoch_of_weights(trainer.state, settings.training.load_best_model_at_end)
+            epoch = epoch_of_weights(trainer.state, settings.training.load_best_model_at_end)
             del trainer
         except FloatingPointError as error:
             scores, epoch, diverged = {}, None, str(error)
@@ -69,7 +70,7 @@ def run_final(
     """Train on train and validation images together, with a seed, and test once.
 
     Returns:
-        The test score, and what `metrics.json` holds, with the seconds.
+        The test score, and what `metrics.json` and `timings.json` hold.
     """
     folder = plan.final_folder(claim.point)
     settings = plan.final_settings(claim.point, params, *resume_words(folder, claim.attempt))
@@ -78,7 +79,9 @@ def run_final(
         metrics = train_classifier(settings, shared)
     remove_checkpoints(folder)  # the weights themselves have been saved beside them
     _free_memory()
-    return metrics[f"test_{plan.metric}"], {"metrics": metrics, "seconds": time.monotonic() - start}
+    timings = json.loads((folder / TIMINGS_FILE).read_text(encoding="utf-8"))
+    result = {"metrics": metrics, "timings": timings, "seconds": time.monotonic() - start}
+    return metrics[f"test_{plan.metric}"], result
 
 
 def remove_checkpoints(folder: Path) -> None:

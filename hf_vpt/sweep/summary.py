@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..training.checkpoints import write_whole
-from .ledger import Entry, Ledger
+from ..training.record import RESULTS_FILE
+from .claims import Entry
+from .ledger import Ledger
 from .plan import SweepPlan
-
-
-RESULTS_FILE = "results.json"
 
 
 def describe(params: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState, enable_full_determinism, set_seed
 from transformers.utils import logging
 
@@ -22,6 +23,7 @@ from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
+from .record import describe_settings
 from .relocation import RelocationCallback
 from .sharding import gathered
 from .shared import SharedLoader
@@ -48,7 +50,8 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
 
     Written to `output_dir`: the adapter with its head (or the whole model, for a baseline), the image processor, the
     names of the classes, `metrics.json`, and `timings.json` with the seconds of training (on the clock, and of this
-    process on the CPU) since the run began or last went on. With `push_to_hub` the folder goes to the Hub too.
+    process on the CPU) since the run began or last went on, and the most memory it took of a CUDA device meanwhile.
+    With `push_to_hub` the folder goes to the Hub too.
 
     Args:
         settings: What `parse_arguments` returns.
@@ -61,9 +64,13 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
         images that nobody has counted, are None where images are streamed.
     """
     trainer, data = build_trainer(settings, shared)
+    measures_memory = settings.training.device.type == "cuda"
+    if measures_memory:
+        torch.cuda.reset_peak_memory_stats()
     start = time.process_time()
     outcome = trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
     cpu_seconds = time.process_time() - start
+    peak_memory = torch.cuda.max_memory_allocated() if measures_memory else None
     has_validation = not settings.data.train_on_validation
     validation = trainer.evaluate(metric_key_prefix="validation") if has_validation else {}
     # predict, not evaluate: callbacks that watch evaluations, early stopping for one, must not see the test split.
@@ -72,12 +79,13 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
     best_is_loaded, is_stream = settings.training.load_best_model_at_end, settings.data.streaming
     results = {
         **{name: value for name, value in {**test, **validation}.items() if "accuracy" in name or "loss" in name},
-        "best_epoch": None if is_stream else _epoch_of_weights(trainer.state, best_is_loaded),
+        "best_epoch": None if is_stream else epoch_of_weights(trainer.state, best_is_loaded),
         "best_step": trainer.state.best_global_step if best_is_loaded else trainer.state.global_step,
         **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
         **describe_data(settings.data, data),
+        "settings": describe_settings(settings),
         "seed": settings.training.seed,
         "num_train_epochs": None if is_stream else settings.training.num_train_epochs,
         "max_steps": trainer.state.max_steps,
@@ -90,6 +98,7 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
         output_dir = Path(settings.training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         timings = {"train_seconds": outcome.metrics["train_runtime"], "train_cpu_seconds": cpu_seconds}
+        timings["peak_memory_bytes"] = peak_memory
         for name, content in ((METRICS_FILE, results), (TIMINGS_FILE, timings)):
             (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if settings.training.push_to_hub:
@@ -193,7 +202,7 @@ def build_trainer(
     return trainer, data
 
 
-def _epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:
+def epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:
     """Return the epoch after which the model's present weights were reached."""
     if best_is_loaded:
         for entry in state.log_history:

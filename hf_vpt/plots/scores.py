@@ -1,0 +1,39 @@
+"""Test accuracies of methods on data sets, with their spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..report import Row
+from .figure import new_figure
+
+
+def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
+    """Draw mean test accuracies, one group a data set and one mark a method, with bars of one standard deviation.
+
+    A single run has a mark without a bar. Several backbones are told apart in the names of methods.
+
+    Args:
+        rows: What `group_rows` returns.
+        path: File to write, PNG, SVG or PDF by its ending.
+    """
+    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    several = len({row.backbone for row in rows}) > 1
+    names = [f"{row.name}, {row.backbone}" if several else row.name for row in rows]
+    series = list(dict.fromkeys(names))
+    figure, (axis,) = new_figure(width=max(5.0, 2.5 + 0.8 * len(datasets)))
+    for number, name in enumerate(series):
+        own = [row for row, row_name in zip(rows, names) if row_name == name]
+        # Side by side within a data set, so that bars do not cover each other.
+        offset = 0.7 * ((number + 0.5) / len(series) - 0.5)
+        places = [datasets.index(row.dataset) + offset for row in own]
+        spread = [row.std or 0.0 for row in own]
+        axis.errorbar(places, [row.mean for row in own], yerr=spread, fmt="o", markersize=3, capsize=2, label=name)
+    # Long names of many data sets would run into each other.
+    tilt = {"rotation": 30, "ha": "right"} if len(datasets) > 3 else {}
+    axis.set_xticks(range(len(datasets)), datasets, **tilt)
+    axis.set(ylabel="test accuracy, %", xlim=(-0.5, len(datasets) - 0.5))
+    axis.grid(axis="y", alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.savefig(path)

@@ -1,0 +1,22 @@
+"""Tables that say what was measured: means over seeds and benchmarks, cost, published scores beside them."""
+
+from .benchmarks import BenchmarkMean, benchmark_means
+from .published import PUBLISHED, PublishedScores
+from .results import Run, read_runs
+from .rows import Row, group_rows
+from .tables import CSV_COLUMNS, to_csv, to_markdown
+
+
+__all__ = [
+    "CSV_COLUMNS",
+    "PUBLISHED",
+    "BenchmarkMean",
+    "PublishedScores",
+    "Row",
+    "Run",
+    "benchmark_means",
+    "group_rows",
+    "read_runs",
+    "to_csv",
+    "to_markdown",
+]

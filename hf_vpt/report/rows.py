@@ -1,0 +1,157 @@
+"""Runs that differ in nothing but their seed, as one row of a table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..training.comparison import check_comparable
+from .results import Run
+
+
+# What methods are called in papers; (deep, shallow) where there are both.
+TITLES: dict[str, str | tuple[str, str]] = {
+    "linear_probe": "linear probe",
+    "bias": "biases (BitFit)",
+    "lora": "LoRA",
+    "vpt": ("VPT-Deep", "VPT-Shallow"),
+    "vapt": "VAPT",
+    "provpt": "PRO-VPT",
+    "bpt": ("BPT-Deep", "BPT-Shallow"),
+    "full": "full fine-tuning",
+}
+
+# Beside the settings, which are a mapping of their own.
+_ALSO_THE_SAME = ("num_train_epochs", "max_steps", "global_batch_size", "images_per_class", "train_on_validation")
+_ALSO_THE_SAME += ("augmentation",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs on one data set with one method and the same settings, one for each seed.
+
+    Args:
+        dataset: Name of the data set.
+        title: The method's name.
+        backbone: What was adapted.
+        differs: In what settings it differs from other rows with the same three; empty if there are none.
+        runs: The runs.
+    """
+
+    dataset: str
+    title: str
+    backbone: str
+    differs: str
+    runs: tuple[Run, ...]
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].metrics["method"]
+
+    @property
+    def name(self) -> str:
+        return f"{self.title} ({self.differs})" if self.differs else self.title
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Test accuracies in per cent."""
+        return [100 * run.test_accuracy for run in self.runs]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.accuracies)
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation of a sample; None for a single run, which has no spread."""
+        return statistics.stdev(self.accuracies) if len(self.runs) > 1 else None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.metrics["seed"] for run in self.runs]
+
+    @property
+    def num_trials(self) -> int | None:
+        return self.runs[0].num_trials
+
+    @property
+    def tuned(self) -> int:
+        """Numbers that training changes."""
+        return self.runs[0].metrics["trained_parameters"]
+
+    @property
+    def tuned_without_head(self) -> int:
+        return self.runs[0].metrics["trained_parameters_without_head"]
+
+    def timing(self, name: str) -> float | None:
+        """Median over the runs that tell it; None if none does."""
+        values = [run.timings[name] for run in self.runs if run.timings.get(name) is not None]
+        return statistics.median(values) if values else None
+
+
+def group_rows(runs: Sequence[Run]) -> list[Row]:
+    """Put the seeds of one setting together; data sets in alphabetical order, methods in that of `TITLES`.
+
+    Raises:
+        ValueError: Results on one data set are on different images or prepared in different ways, or the same run is
+            there twice.
+    """
+    check_comparable({run.source: run.metrics for run in runs})
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_key(run), sort_keys=True), []).append(run)
+    by_name: dict[tuple[str, str, str], list[list[Run]]] = {}
+    for group in groups.values():
+        _check_seeds(group)
+        first = group[0].metrics
+        name = (first["dataset_name"], title_of(first), first.get("model_name_or_path", "unknown"))
+        by_name.setdefault(name, []).append(sorted(group, key=lambda run: run.metrics["seed"]))
+    rows = [
+        Row(*name, differs, tuple(group))
+        for name, same in by_name.items()
+        for group, differs in zip(same, _differences(same))
+    ]
+    order = list(TITLES)
+    return sorted(rows, key=lambda row: (row.dataset, row.backbone, order.index(row.method), row.title, row.differs))
+
+
+def title_of(metrics: dict[str, Any]) -> str:
+    """What papers call a method with its settings."""
+    title = TITLES[metrics["method"]]
+    if isinstance(title, str):
+        return title
+    deep = (metrics.get("settings") or {}).get("deep")
+    return title[0].partition("-")[0] if deep is None else title[0 if deep else 1]
+
+
+def _key(run: Run) -> dict[str, Any]:
+    names = ("dataset_name", "method", "model_name_or_path", *_ALSO_THE_SAME)
+    own = {name: run.metrics.get(name) for name in names}
+    return own | {"num_trials": run.num_trials} | {f"settings {k}": v for k, v in _settings(run).items()}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    return dict(run.metrics.get("settings") or {})
+
+
+def _differences(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Say of each of several groups what only it has."""
+    keys = [_key(group[0]) for group in groups]
+    every = dict.fromkeys(name for key in keys for name in key)
+    names = [name for name in every if len({str(key.get(name)) for key in keys}) > 1]
+    return [", ".join(f"{name.removeprefix('settings ')} {key.get(name)}" for name in names) for key in keys]
+
+
+def _check_seeds(runs: Sequence[Run]) -> None:
+    by_seed: dict[int, str] = {}
+    for run in runs:
+        seed = run.metrics["seed"]
+        if seed in by_seed:
+            raise ValueError(
+                f"Found the same run twice, with seed {seed}: '{by_seed[seed]}' and '{run.source}'. A mean over seeds "
+                "needs each run once: leave one of the files out."
+            )
+        by_seed[seed] = run.source

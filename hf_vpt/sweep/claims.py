@@ -1,0 +1,37 @@
+"""A point of a sweep that somebody is at work on, and one that is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to do a point.
+
+    Args:
+        point: Which one.
+        attempt: How many processes were at it before; what they left behind may be gone on from.
+        params: Settings of the point that an earlier attempt has drawn.
+        trial_id: The trial's id in the storage.
+        token: Unique name of the claim.
+    """
+
+    point: int
+    attempt: int
+    params: Mapping[str, Any]
+    trial_id: int
+    token: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A point that is done."""
+
+    point: int
+    params: Mapping[str, Any]
+    value: float
+    result: Mapping[str, Any]
+    attempts: int
