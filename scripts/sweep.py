@@ -9,12 +9,12 @@ validation split; the best one is trained anew on both together, once for each f
 tries the published 10 × 4 grid. All settings of scripts/train.py are settings here, and any of them can be an axis:
 
     python scripts/sweep.py --config configs/vpt/digits.yaml --output_dir outputs/sweep/digits \\
-        --grid learning_rate=0.1,0.05,0.01 weight_decay=0,1e-4 num_virtual_tokens=5,20 --final_seeds 0 1 2
+        --search_space learning_rate=0.1,0.05,0.01 weight_decay=0,1e-4 num_virtual_tokens=5,20 --final_seeds 0 1 2
 
 Some of many settings instead of all, chosen by Optuna's TPE:
 
     python scripts/sweep.py --config configs/vpt/digits.yaml --output_dir outputs/sweep/tpe \\
-        --grid learning_rate=0.3,0.001 num_virtual_tokens=1,50 --sampler tpe --num_trials 20
+        --search_space learning_rate=0.3,0.001 num_virtual_tokens=1,50 --sampler tpe --num_trials 20
 
 A killed sweep goes on when the same command is given again. Several processes share the work when each is started with
 the same command, on one machine (each with a GPU of its own by CUDA_VISIBLE_DEVICES) or on many with `--storage

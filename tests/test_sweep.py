@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from hf_vpt.data.decoding import BrokenImageError
 from hf_vpt.sweep import PUBLISHED_GRID, parse_sweep, protocol, run_sweep, runs
 from hf_vpt.training import (
+    BASELINES,
     ImageClassificationTrainer,
     SharedLoader,
     build_trainer,
@@ -24,9 +25,11 @@ from hf_vpt.training import (
     train_classifier,
 )
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete
+from hf_vpt.tuners import METHODS
 
 
-GRID = ["--grid", "learning_rate=0.3,0.0001", "num_virtual_tokens=1,3"]
+SPACE = "--search_space"
+GRID = [SPACE, "learning_rate=0.3,0.0001", "num_virtual_tokens=1,3"]
 FINAL_SEEDS = ["--final_seeds", "0", "5"]
 
 
@@ -100,7 +103,10 @@ def test_a_sweep_chooses_on_validation_and_reports_every_run(swept):
     words, results, lines, _ = swept
     out = parse_sweep([*words, *GRID]).folder
     assert json.loads((out / "results.json").read_text()) == results
-    assert results["complete"] and results["grid"] == {"learning_rate": [0.3, 1e-4], "num_virtual_tokens": [1, 3]}
+    assert results["complete"] and results["search_space"] == {
+        "learning_rate": [0.3, 1e-4],
+        "num_virtual_tokens": [1, 3],
+    }
     trials = results["trials"]
     points = [(trial["settings"]["learning_rate"], trial["settings"]["num_virtual_tokens"]) for trial in trials]
     assert points == [(0.3, 1), (0.3, 3), (1e-4, 1), (1e-4, 3)]
@@ -207,7 +213,7 @@ def without_times(results):
         **results,
         "study_name": None,
         "trials": [{**trial, "seconds": None, "attempts": None} for trial in results["trials"]],
-        "final": [{**run, "seconds": None, "attempts": None} for run in results["final"]],
+        "final": [{**run, "seconds": None, "attempts": None, "timings": None} for run in results["final"]],
     }
 
 
@@ -243,7 +249,7 @@ def test_checkpoints_that_another_sweep_left_in_a_folder_are_not_gone_on_from(tm
 
 def test_a_learning_rate_that_breaks_training_is_the_worst_score_and_no_error(words, monkeypatch):
     monkeypatch.setattr(protocol, "run_final", lambda *args: (0.5, {"metrics": {"test_accuracy": 0.5}, "seconds": 1}))
-    results, lines = sweep(words, "--grid", "learning_rate=1e30,0.01", "--optim", "sgd", "--max_grad_norm", "0")
+    results, lines = sweep(words, SPACE, "learning_rate=1e30,0.01", "--optim", "sgd", "--max_grad_norm", "0")
     broken, other = results["trials"]
     assert broken["value"] is None and "loss of" in broken["diverged"] and other["diverged"] is None
     assert results["choice"]["trial"] == 1
@@ -251,7 +257,15 @@ def test_a_learning_rate_that_breaks_training_is_the_worst_score_and_no_error(wo
 
 
 def test_settings_are_drawn_from_ranges_and_an_interrupted_trial_keeps_what_it_drew(words, monkeypatch):
-    options = ["--grid", "learning_rate=0.1,0.001", "weight_decay=0,0.1", "--sampler", "tpe", "--num_trials", "5"]
+    options = [
+        SPACE,
+        "learning_rate=0.1,0.001",
+        "weight_decay=0,0.1",
+        "--sampler",
+        "tpe",
+        "--num_trials",
+        "5",
+    ]
     monkeypatch.setattr(protocol, "run_final", lambda *args: (0.5, {"metrics": {"test_accuracy": 0.5}, "seconds": 1}))
     drawn, interrupt = [], [True]
 
@@ -282,7 +296,7 @@ def test_another_grid_in_the_same_folder_is_refused(words, monkeypatch):
     with pytest.raises(AttributeError):  # nothing was done, so there is nothing to choose
         sweep(words)
     with pytest.raises(ValueError, match="made with axes .*0.3.*A sweep goes on with the settings it began with"):
-        sweep(words, "--grid", "learning_rate=0.5")
+        sweep(words, SPACE, "learning_rate=0.5")
     with pytest.raises(ValueError, match="made with num_train_epochs 3.*and a sweep with num_train_epochs 4"):
         sweep(words, "--num_train_epochs", "4")
 
@@ -292,31 +306,42 @@ def test_the_published_grid_is_the_default_for_runs_that_it_was_made_for(words):
     assert plan.axes == PUBLISHED_GRID and len(plan.points) == 40
     assert plan.trial_settings(7, plan.points[7]).training.learning_rate == 25.0
     assert plan.trial_settings(7, plan.points[7]).training.output_dir.endswith("out/trials/7")
-    with pytest.raises(ValueError, match="no grid, optim adamw.*pass --optim sgd"):
+    with pytest.raises(ValueError, match="no search_space, optim adamw.*pass --optim sgd"):
         parse_sweep(words)
 
 
 def test_a_grid_in_a_file_is_a_mapping(words, tmp_path):
     file = tmp_path / "sweep.yaml"
-    file.write_text("grid: {learning_rate: [1e-1, 0.01], deep: [true, false]}\nfinal_seeds: [7]\nsampler: grid\n")
+    file.write_text(
+        "search_space: {learning_rate: [1e-1, 0.01], deep: [true, false]}\nfinal_seeds: [7]\nsampler: grid\n"
+    )
     plan = parse_sweep(["--config", str(file), *words])
     assert plan.axes == {"learning_rate": [0.1, 0.01], "deep": [True, False]}
     assert plan.sweep.final_seeds == [7]
-    # The command line has the last word, and its grid is the whole grid.
-    assert parse_sweep(["--config", str(file), *words, "--grid", "weight_decay=0"]).axes == {"weight_decay": [0.0]}
+    # The command line has the last word, and its search space is the whole one.
+    assert parse_sweep(["--config", str(file), *words, SPACE, "weight_decay=0"]).axes == {"weight_decay": [0.0]}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--grid", "learning_rate"], "grid has 'learning_rate'. Each part must be a setting and its values"),
-        (["--grid", "learning_rate=0.1,0.1"], "grid has learning_rate=0.1,0.1. Each setting needs one list"),
-        (["--grid", "learning_rat=0.1"], "'learning_rat', which method 'vpt' does not have"),
-        (["--grid", "rank=4"], "'rank', which method 'vpt' does not have"),
-        (["--grid", "num_virtual_tokens=5,0"], "num_virtual_tokens.*0"),
-        (["--grid", "seed=1,2"], "grid has seed. An axis must be a setting"),
-        (["--grid", "dataset_name=a,b"], "grid has dataset_name. An axis"),
-        (["--grid", "layers_to_transform=0,1"], "grid has layers_to_transform, which is no single number or word"),
+        (
+            [SPACE, "learning_rate"],
+            "search_space has 'learning_rate'. Each part must be a setting and its values",
+        ),
+        (
+            [SPACE, "learning_rate=0.1,0.1"],
+            "search_space has learning_rate=0.1,0.1. Each setting needs one list",
+        ),
+        ([SPACE, "learning_rat=0.1"], "'learning_rat', which method 'vpt' does not have"),
+        ([SPACE, "rank=4"], "'rank', which method 'vpt' does not have"),
+        ([SPACE, "num_virtual_tokens=5,0"], "num_virtual_tokens.*0"),
+        ([SPACE, "seed=1,2"], "search_space has seed. An axis must be a setting"),
+        ([SPACE, "dataset_name=a,b"], "search_space has dataset_name. An axis"),
+        (
+            [SPACE, "layers_to_transform=0,1"],
+            "search_space has layers_to_transform, which is no single number or word",
+        ),
         ([*GRID, "--sampler", "tpe"], "sampler is 'tpe' and num_trials None"),
         ([*GRID, "--num_trials", "3"], "sampler is 'grid' and num_trials 3"),
         ([*GRID, "--final_seeds", "1", "1"], r"final_seeds is \[1, 1\]"),
@@ -328,3 +353,13 @@ def test_a_grid_in_a_file_is_a_mapping(words, tmp_path):
 def test_what_a_sweep_cannot_be_is_refused_before_anything_is_loaded(words, options, message):
     with pytest.raises(ValueError, match=message):
         parse_sweep([*words, *options])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *BASELINES])
+def test_settings_of_every_method_can_be_searched(method, tmp_path):
+    words = ["--method", method, "--output_dir", str(tmp_path), SPACE, "learning_rate=0.1,0.01"]
+    plan = parse_sweep(words)
+    assert [plan.trial_settings(0, point).training.learning_rate for point in plan.points] == [0.1, 0.01]
+    # VAPT has a setting called grid, which stays its own.
+    if method == "vapt":
+        assert parse_sweep([*words, "--grid", "4", "4"]).settings.peft_config.grid == [4, 4]

@@ -22,10 +22,10 @@ class SweepArguments:
     """What a sweep tries, beside the settings of the runs themselves.
 
     Args:
-        grid: Values of each setting that is searched: `learning_rate=0.1,0.01 weight_decay=0,1e-4` on the command
-            line, a mapping from names to lists in a file. Any setting of a run that is one number or word may be an
-            axis, `num_virtual_tokens` for one. Default: the published 10 × 4 grid of learning rates and weight decays,
-            for runs as it was made for (`optim: sgd`, `scale_learning_rate: true`).
+        search_space: Values of each setting that is searched: `learning_rate=0.1,0.01 weight_decay=0,1e-4` on the
+            command line, a mapping from names to lists in a file. Any setting of a run that is one number or word may
+            be an axis, `num_virtual_tokens` for one. Default: the published grid of 10 learning rates and 4 weight
+            decays, for runs as it was made for (`optim: sgd`, `scale_learning_rate: true`).
         sampler: `"grid"` tries every combination. `"tpe"` has Optuna's tree-structured Parzen estimator draw
             `num_trials` of them: numbers above 0 from the whole range between the smallest and the largest value,
             evenly in their logarithm, everything else from the values.
@@ -43,7 +43,7 @@ class SweepArguments:
 
     _argument_group_name = "sweep"
 
-    grid: list[str] | None = field(default=None, metadata={"help": "Values to try: learning_rate=0.1,0.01 …"})
+    search_space: list[str] | None = field(default=None, metadata={"help": "Values to try: learning_rate=0.1,0.01 …"})
     sampler: Sampler = field(default="grid", metadata={"help": "All combinations (grid), or some of them (tpe)."})
     num_trials: int | None = field(default=None, metadata={"help": "How many settings tpe tries."})
     final_seeds: list[int] = field(
@@ -54,7 +54,7 @@ class SweepArguments:
     stale_after: float = field(default=300.0, metadata={"help": "Seconds of silence that mean killed."})
 
     def __post_init__(self):
-        self.axes: dict[str, list[str]] | None = None if self.grid is None else read_axes(self.grid)
+        self.axes: dict[str, list[str]] | None = None if self.search_space is None else read_axes(self.search_space)
         if self.sampler not in get_args(Sampler):
             raise ValueError(f"sampler is '{self.sampler}'. It must be one of {list(get_args(Sampler))}: choose one.")
         if self.sampler == "tpe" and (self.num_trials is None or self.num_trials < 1):
@@ -65,7 +65,7 @@ class SweepArguments:
         if self.sampler == "grid" and self.num_trials is not None:
             raise ValueError(
                 f"sampler is 'grid' and num_trials {self.num_trials}. A grid is tried as a whole: leave num_trials "
-                "out, shorten the grid, or choose the sampler tpe."
+                "out, shorten its axes, or choose the sampler tpe."
             )
         seeds = self.final_seeds
         if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
@@ -90,7 +90,7 @@ def read_axes(words: Sequence[str]) -> dict[str, list[str]]:
         for name, values in _axes_of(word):
             if name in axes or not values or len(set(values)) < len(values) or "" in values:
                 raise ValueError(
-                    f"grid has {name}={','.join(values)}"
+                    f"search_space has {name}={','.join(values)}"
                     f"{', and ' + name + ' before that' if name in axes else ''}. Each setting needs one list of "
                     "different values: write learning_rate=0.1,0.01, or learning_rate: [0.1, 0.01] in a file."
                 )
@@ -106,7 +106,7 @@ def _axes_of(word: str) -> list[tuple[str, list[str]]]:
     name, equals, values = word.partition("=")
     if not name or not equals:
         raise ValueError(
-            f"grid has '{word}'. Each part must be a setting and its values: write learning_rate=0.1,0.01, without "
-            "spaces."
+            f"search_space has '{word}'. Each part must be a setting and its values: write learning_rate=0.1,0.01, "
+            "without spaces."
         )
     return [(name.lstrip("-").replace("-", "_"), [value.strip() for value in values.split(",")])]

@@ -130,7 +130,7 @@ def parse_sweep(argv: Sequence[str] | None = None) -> SweepPlan:
         ValueError: As `parse_arguments`, or an axis cannot be one, or runs would not compare.
 
     Example:
-        >>> plan = parse_sweep(["--config", "configs/vpt/digits.yaml", "--grid", "learning_rate=0.1,0.01"])
+        >>> plan = parse_sweep(["--config", "configs/vpt/digits.yaml", "--search_space", "learning_rate=0.1,0.01"])
         >>> plan.points
         [{'learning_rate': 0.1}, {'learning_rate': 0.01}]
     """
@@ -141,8 +141,8 @@ def parse_sweep(argv: Sequence[str] | None = None) -> SweepPlan:
         _check_published_grid(settings)
     elif refused := NO_AXES & sweep.axes.keys():
         raise ValueError(
-            f"grid has {', '.join(sorted(refused))}. An axis must be a setting of training or of the method that "
-            "leaves images, scores, seeds and folders alone: take it out of the grid."
+            f"search_space has {', '.join(sorted(refused))}. An axis must be a setting of training or of the method "
+            "that leaves images, scores, seeds and folders alone: leave it out."
         )
     plan = SweepPlan(argv, settings, sweep, PUBLISHED_GRID if sweep.axes is None else {})
     if sweep.axes is not None:
@@ -182,10 +182,10 @@ def _check_published_grid(settings: Settings) -> None:
     training = settings.training
     if str(training.optim.value) != "sgd" or not training.scale_learning_rate:
         raise ValueError(
-            f"Found no grid, optim {training.optim.value} and scale_learning_rate {training.scale_learning_rate}. The "
-            "published grid (learning rates 0.05 to 50 for a batch of 256) is for SGD with scaled rates: pass --optim "
-            "sgd --optim_args momentum=0.9 --scale_learning_rate, or your own values such as --grid "
-            "learning_rate=1e-2,1e-3 weight_decay=0,1e-4."
+            f"Found no search_space, optim {training.optim.value} and scale_learning_rate "
+            f"{training.scale_learning_rate}. The published grid (learning rates 0.05 to 50 for a batch of 256) is "
+            "for SGD with scaled rates: pass --optim sgd --optim_args momentum=0.9 --scale_learning_rate, or your "
+            "own values such as --search_space learning_rate=1e-2,1e-3 weight_decay=0,1e-4."
         )
 
 
@@ -197,8 +197,8 @@ def _value_of(settings: Settings, name: str) -> Any:
             if isinstance(value, (bool, int, float, str)):
                 return value
     raise ValueError(
-        f"grid has {name}, which is no single number or word. An axis needs one value for each run: take it out of "
-        "the grid."
+        f"search_space has {name}, which is no single number or word. An axis needs one value for each run: leave it "
+        "out."
     )
 
 
