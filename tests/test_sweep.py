@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from hf_vpt.data.decoding import BrokenImageError
+from hf_vpt.report import group_rows, read_runs
 from hf_vpt.sweep import PUBLISHED_GRID, parse_sweep, protocol, run_sweep, runs
 from hf_vpt.training import (
     BASELINES,
@@ -134,6 +135,19 @@ def test_a_sweep_chooses_on_validation_and_reports_every_run(swept):
         *("[1/4]", "[2/4]", "[3/4]", "[4/4]", "[1/2]", "[2/2]")
     ]
     assert "best so far" in lines[1] and "left" in lines[1]
+
+
+def test_a_report_reads_the_final_runs_of_a_sweep_as_one_row(swept):
+    words, results, *_ = swept
+    runs_read, left_out = read_runs([parse_sweep([*words, *GRID]).folder])
+    (row,) = group_rows(runs_read)
+    assert not left_out and (row.name, row.seeds, row.num_trials) == ("VPT-Deep", [0, 5], 4)
+    assert row.mean == pytest.approx(100 * results["test"]["test_accuracy"]["mean"])
+    assert row.std == pytest.approx(100 * results["test"]["test_accuracy"]["std"])
+    assert row.timing("train_seconds") > 0
+    recorded = row.runs[0].metrics["settings"]
+    assert recorded.items() >= {**results["choice"]["settings"], "deep": True, "weight_decay": 0.0}.items()
+    assert "target_modules" not in recorded and "token_dim" not in recorded
 
 
 def test_a_finished_sweep_runs_nothing_again(swept, monkeypatch):

@@ -28,7 +28,7 @@ def progress_line(plan: SweepPlan, ledger: Ledger, points: Sequence[int], entry:
     name = "trial" if is_trial else "seed"
     entries = ledger.done(points)
     best = ledger.best(points)
-    score = f"{plan.metric} {entry.value:.4f}"
+    score = f"{'validation' if is_trial else 'test'} {plan.metric} {entry.value:.4f}"
     if entry.result.get("diverged"):
         score = "diverged"
     seconds = statistics.mean(entry.result["seconds"] for entry in entries)
