@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shutil
 import tarfile
 import zipfile
 from collections import namedtuple
@@ -94,7 +96,7 @@ def test_every_data_set_that_a_configuration_names_has_a_source():
     [
         ("vtab/cifar", None, None, r"'vtab/cifar'.*vtab has caltech101, camelyon, cifar100.*choose one"),
         ("fgvc/birds", None, None, "fgvc has cub, nabirds, oxfordflower, stanfordcars, stanforddogs"),
-        ("vtab/dtd", "hub", None, "dataset_variant is 'hub'.*zip and full.*choose one"),
+        ("vtab/dtd", "hub", None, "dataset_variant is 'hub'.*zip, full.*choose one"),
         ("fgvc/nabirds", "hub", None, "No public copy.*pass the folder as dataset_dir"),
         ("fgvc/cub", "hub", "birds", "dataset_variant hub and dataset_dir 'birds'.*choose the variant official"),
         ("digits", "zip", None, "dataset_variant with the data set 'digits'.*leave it out"),
@@ -208,6 +210,19 @@ def test_an_extraction_that_fails_leaves_nothing_behind(load, tmp_path, monkeypa
     if trouble != "damaged":
         monkeypatch.undo()
         assert len(load("vtab/dtd", data_dir=str(path))["train"]) == 60
+
+
+def test_what_a_killed_process_left_is_not_used_and_goes_away_when_it_is_old(load, tmp_path):
+    path = write_zip(tmp_path / "vtab-1k.zip", vtab_files())
+    load("vtab/dtd", data_dir=str(path))
+    (folder,) = (tmp_path / "cache").rglob("dtd")
+    old, new = (folder.with_name(f"dtd.draft-{name}") for name in ("old", "new"))
+    folder.rename(old)
+    (old / "test.txt").unlink()
+    shutil.copytree(old, new)
+    os.utime(old, (0, 0))
+    assert len(load("vtab/dtd", data_dir=str(path))["test"]) == 20
+    assert (folder.is_dir(), old.exists(), new.exists()) == (True, False, True)
 
 
 @pytest.mark.parametrize(
@@ -430,6 +445,28 @@ def test_stanford_dogs_have_the_names_of_their_folders(load, tmp_path, lists):
     assert splits["test"].features["label"].names == ["Chihuahua", "Maltese_dog"]
 
 
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_vpts_lists_decide_all_three_splits(load, tmp_path, inside):
+    names = [f"{number:03d}.Bird/{number}.jpg" for number in range(30)]
+    for number, name in enumerate(names):
+        write(tmp_path / inside / name, jpeg(number))
+    for file, part in {"train": range(20), "val": range(20, 24), "test": range(24, 30)}.items():
+        classes = {names[number]: (295, 1010)[number % 2] for number in part}  # NABirds' numbers have gaps
+        write(tmp_path / f"{file}.json", json.dumps(classes))
+    splits = load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    assert [greys(splits[split]) for split in SPLITS] == [list(range(20)), list(range(20, 24)), list(range(24, 30))]
+    assert all(data["label"][:] == [grey % 2 for grey in greys(data)] for data in splits.values())
+    assert splits["test"].features["label"].names == ["295", "1010"]
+    write(tmp_path / "val.json", '["a"]')
+    with pytest.raises(ValueError, match="val.json' is no object from paths to numbers.*get the list anew"):
+        load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    (tmp_path / "val.json").unlink()
+    with pytest.raises(FileNotFoundError, match="has no val.json.*VPT's three lists.*choose variant official"):
+        load("fgvc/nabirds", variant="lists", data_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="fgvc/cub without dataset_dir. Its variant lists"):
+        load("fgvc/cub", variant="lists")
+
+
 def test_a_folder_of_another_set_is_an_error_that_lists_what_is_missing(load, tmp_path):
     write_dogs(tmp_path)
     with pytest.raises(
@@ -472,6 +509,16 @@ def test_fgvc_on_the_hub_is_read_without_its_corrupted_copies(load, tmp_path, mo
     splits = load("fgvc/stanfordcars", revision="abc")
     assert asked == [("tanganke/stanford_cars", "abc")]
     assert {split: len(data) for split, data in splits.items()} == {"train": 36, "validation": 4, "test": 4}
+
+
+def test_a_repository_without_a_test_split_is_an_error(load, tmp_path, monkeypatch):
+    from datasets import load_dataset
+
+    for number in range(4):
+        write(tmp_path / "repo" / "train" / f"car{number % 2}" / f"{number}.png", jpeg(number))
+    monkeypatch.setattr(fgvc_module, "load_dataset", lambda *_, **__: load_dataset(str(tmp_path / "repo")))
+    with pytest.raises(ValueError, match=r"has the splits \['train'\] and no test. A benchmark needs both"):
+        load("fgvc/stanfordcars")
 
 
 # --- lists of image files

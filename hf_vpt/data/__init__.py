@@ -2,15 +2,18 @@
 
 from .augmented import AugmentedImages
 from .datasets import load_image_dataset
-from .processing import ImageTransform, collate_images, convert_to_rgb
+from .decoding import BrokenImageError, convert_to_rgb, decode_to_rgb
+from .processing import ImageTransform, collate_images
 from .streams import StreamedImages
 
 
 __all__ = [
     "AugmentedImages",
+    "BrokenImageError",
     "ImageTransform",
     "StreamedImages",
     "collate_images",
     "convert_to_rgb",
+    "decode_to_rgb",
     "load_image_dataset",
 ]

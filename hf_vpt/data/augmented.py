@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .decoding import BrokenImages, check_broken_images, drop_broken, undecoded
 from .processing import ImageTransform
 
 
@@ -46,6 +47,8 @@ class AugmentedImages(Dataset):
         images: Images and their classes, in the columns that `transform` reads.
         transform: From images to pixel values.
         seed: At least 0.
+        broken_images: What happens to images that cannot be read: `"stop"` raises `BrokenImageError` when one is asked
+            for; `"skip"` reads all images once now, and leaves the broken ones out.
 
     Example:
         >>> train = AugmentedImages(splits["train"], ImageTransform(processor, augmentation="affine"))
@@ -55,8 +58,18 @@ class AugmentedImages(Dataset):
         ...         ...
     """
 
-    def __init__(self, images: datasets.Dataset, transform: ImageTransform, seed: int = 0):
-        self.images = images
+    def __init__(
+        self,
+        images: datasets.Dataset,
+        transform: ImageTransform,
+        seed: int = 0,
+        broken_images: BrokenImages = "stop",
+    ):
+        check_broken_images(broken_images)
+        # How many images were left out.
+        self.images, self.num_broken = undecoded(images, transform.image_column), 0
+        if broken_images == "skip":
+            self.images, self.num_broken = drop_broken(images, transform.image_column)
         self.transform = transform
         self.seed = seed
         self._epoch = SharedCounter()
@@ -86,5 +99,5 @@ class AugmentedImages(Dataset):
         """Return several examples, read and normalised together, which is what a data loader asks for."""
         indices = [int(index) % len(self) for index in indices]
         seeds = [draw_seed(self.seed, self.epoch, index) for index in indices]
-        columns = self.transform(self.images[indices], seeds)
+        columns = self.transform(self.images[indices], seeds, indices)
         return [dict(zip(columns, values)) for values in zip(*columns.values())]

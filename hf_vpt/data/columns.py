@@ -81,7 +81,7 @@ def encode_labels(splits: DatasetDict) -> DatasetDict:
     """Turn strings, integers and booleans into class labels, with the same numbers in every split."""
     if isinstance(splits["train"].features["label"], ClassLabel):
         return splits
-    values = {value for data in splits.values() for value in data.unique("label")}
+    values = {value for data in splits.values() for value in data.unique("label")} - {None}
     # Integers are sorted as numbers: as text, class 10 would stand before class 2.
     names = [str(value) for value in sorted(values)]
     return splits.cast_column("label", Value("string")).cast_column("label", ClassLabel(names=names))

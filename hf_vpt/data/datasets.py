@@ -11,6 +11,7 @@ from datasets import (
     Image,
     IterableDataset,
     IterableDatasetDict,
+    concatenate_datasets,
     load_dataset,
     load_dataset_builder,
     load_from_disk,
@@ -20,7 +21,7 @@ from .columns import encode_labels, select_image_and_label
 from .sources import benchmark_validation_fraction, is_benchmark, load_benchmark, resolve_variant
 from .sources.lists import is_list, load_list
 from .sources.shards import has_shards, load_shards
-from .splits import complete_splits, drop_unlabelled, rename_splits
+from .splits import check_classes, complete_splits, drop_unlabelled, rename_splits, take_from_each_class
 from .streams import complete_streams, is_listed, to_stream
 
 
@@ -39,6 +40,9 @@ def load_image_dataset(
     num_held_out: int = 1000,
     variant: str | None = None,
     data_dir: str | None = None,
+    images_per_class: int | None = None,
+    validation_images_per_class: int | None = None,
+    train_on_validation: bool = False,
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Load images and their classes, ready to train on, choose with, and test on.
 
@@ -81,9 +85,14 @@ def load_image_dataset(
         streaming: Return streams, for data sets that are too large to download or convert.
         num_held_out: Images of a stream that become the validation or test split where it publishes none, at least 1.
             They are kept in memory, encoded.
-        variant: Which of several copies of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"` or `"official"` for
-            FGVC. Scores on two variants cannot be compared.
+        variant: Which of several copies of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"`, `"official"` or
+            `"lists"` for FGVC. Scores on two variants cannot be compared.
         data_dir: Folder or archive of a benchmark that is on the disk already.
+        images_per_class: Few-shot learning: keep so many training images of each class, at least 1. They are drawn by
+            `seed`, and fewer images are among more. Default: all.
+        validation_images_per_class: The same for the validation split. The test split is never cut.
+        train_on_validation: Add the validation images to train, as final runs on VTAB-1k do when everything has been
+            chosen. The validation split stays what it was and then says nothing about new images.
 
     Returns:
         Splits `train`, `validation` and `test`, each with the columns `image` (`Image`) and `label` (`ClassLabel`, the
@@ -93,8 +102,8 @@ def load_image_dataset(
 
     Raises:
         FileNotFoundError: `name` is written like a path, and there is no such folder.
-        ValueError: There is no train split, columns are missing or ambiguous, a class is too small to be split, or a
-            stream does not know its columns and classes.
+        ValueError: There is no train split, columns are missing or ambiguous, a class has no or too few images, a
+            class is outside of those that have names, or a stream does not know its columns and classes.
 
     Example:
         >>> digits = load_image_dataset("digits")
@@ -112,13 +121,26 @@ def load_image_dataset(
     resolve_variant(name, variant, data_dir)  # refuses what cannot be, before anything is loaded
     raw = _load(name, config_name, revision, image_column, cache_dir, seed, streaming, variant, data_dir)
     splits = select_image_and_label(rename_splits(raw, name), image_column, label_column, name)
+    few = {"train": images_per_class, "validation": validation_images_per_class}
+    few = {split: number for split, number in few.items() if number is not None}
     if isinstance(splits, IterableDatasetDict):
+        if few or train_on_validation:
+            option = "images_per_class" if few else "train_on_validation"
+            raise ValueError(
+                f"Found streaming and {option} for '{name}'. Nobody has counted the classes and images of a stream: "
+                "leave streaming out."
+            )
         return complete_streams(splits, num_held_out, seed, name)
     if not isinstance(splits["train"].features["image"], Image):
         splits = splits.cast_column("image", Image())
-    splits = drop_unlabelled(encode_labels(splits), name)
+    splits = encode_labels(drop_unlabelled(splits, name))
+    check_classes(splits, name, may_lack_classes=is_benchmark(name))
     validation_fraction = benchmark_validation_fraction(name) or validation_fraction
     splits = complete_splits(splits, validation_fraction, test_fraction, seed, name)
+    for split, number in few.items():
+        splits[split] = take_from_each_class(splits[split], number, seed, f"The {split} split of '{name}'")
+    if train_on_validation:
+        splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
     return {**splits, "train": to_stream(splits["train"], seed)} if streaming else splits
 
 

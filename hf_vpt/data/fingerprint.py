@@ -53,7 +53,7 @@ def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
             size = _file_size(path) if size is None else size
             words = f"{where}\0{size}".encode()
         else:
-            words = contents[row].as_py()
+            words = contents[row].as_py() or b""
         yield words + b"\0" + (names[label] if label is not None and label >= 0 else "").encode()
 
 

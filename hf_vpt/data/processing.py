@@ -5,48 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
-from datasets import Image as ImageFeature
 from PIL import Image
 from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .decoding import decode_to_rgb
+
 
 Augmentation = Literal["none", "affine", "crop_flip", "resize_crop_flip"]
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """Turn an image of any colour mode into 8-bit RGB, as `pipeline("image-classification")` sees it.
-
-    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit grey images
-    are scaled from 0..65535 to 0..255 first, because Pillow would cut everything above 255 off to white.
-
-    Args:
-        image: Any Pillow image; float images (mode F) only if their values lie in 0..255.
-
-    Raises:
-        ValueError: A float image has values outside 0..255, so its range is unknown.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image).astype(np.int64)
-        # Mode I holds 32 bits, but Pillow also reads 16-bit and even 8-bit files into it.
-        if image.mode != "I" or pixels.max(initial=0) > 255:
-            pixels = pixels // 257
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        low, high = image.getextrema()
-        if low < 0 or high > 255:
-            raise ValueError(
-                f"A float image (mode F) has values from {low:g} to {high:g}. Values from 0 to 255 are needed, "
-                "because nothing in the file says what white is: rescale the images and save them with 8 bits."
-            )
-    elif image.mode == "P" and "transparency" in image.info:
-        # Pillow warns about palettes with transparency unless they pass through RGBA.
-        image = image.convert("RGBA")
-    return image.convert("RGB")
 
 
 class ImageTransform:
@@ -106,7 +73,12 @@ class ImageTransform:
                 ]
             self.augment = v2.Compose(steps)
 
-    def __call__(self, batch: Mapping[str, Sequence[Any]], seeds: Sequence[int] | None = None) -> dict[str, list[Any]]:
+    def __call__(
+        self,
+        batch: Mapping[str, Sequence[Any]],
+        seeds: Sequence[int] | None = None,
+        positions: Sequence[int | str] | None = None,
+    ) -> dict[str, list[Any]]:
         """Map images and classes to `pixel_values`, tensors `(3, height, width)`, and `labels`, integers.
 
         Args:
@@ -114,8 +86,13 @@ class ImageTransform:
                 classes.
             seeds: One for each image, which alone decides how that image is augmented. Default: PyTorch's global
                 random state decides, and moves on.
+            positions: Where each image stands in its split, for the error about one that is broken.
+
+        Raises:
+            BrokenImageError: An image cannot be read.
         """
-        images = [convert_to_rgb(_decode(image)) for image in batch[self.image_column]]
+        images = batch[self.image_column]
+        images = [decode_to_rgb(image, where) for image, where in zip(images, positions or [None] * len(images))]
         if self.augment is None:
             processed = self.processor(images)
         else:
@@ -134,10 +111,6 @@ class ImageTransform:
             # Not `torch.manual_seed`, which would seed the generators of all accelerators, and those are not restored.
             torch.default_generator.manual_seed(seed)
             return self.augment(image)
-
-
-def _decode(image: Image.Image | Mapping[str, Any]) -> Image.Image:
-    return ImageFeature().decode_example(image) if isinstance(image, Mapping) else image
 
 
 def output_size(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# Classes that an error names.
+MOST_NAMED = 10
 
 # Names under which data sets publish their splits. What stands in none of the rows is left aside.
 SPLIT_NAMES = {
@@ -67,3 +71,65 @@ def stratified_split(data: Dataset, fraction: float, seed: int, name: str) -> tu
             f"or a larger fraction. ({error})"
         ) from error
     return parts["train"], parts["test"]
+
+
+def check_classes(splits: DatasetDict, name: str, may_lack_classes: bool = False) -> None:
+    """Look at the class of every image, before anything is trained.
+
+    Args:
+        splits: Labelled splits.
+        name: Name of the data set.
+        may_lack_classes: Warn, instead of refusing, where a class has no image to train on: of 1,000 images that
+            VTAB-1k publishes, some tasks have none for a class.
+
+    Raises:
+        ValueError: An image has no class, or one outside those that have names, or a class has no image in train.
+    """
+    names = splits["train"].features["label"].names
+    for split, data in splits.items():
+        labels = set(data.unique("label"))
+        if wrong := [label for label in labels if label is None or not 0 <= label < len(names)]:
+            index = data["label"][:].index(wrong[0])
+            raise ValueError(
+                f"Data set '{name}': image {index} of the {split} split has the class {wrong[0]}. Classes from 0 to "
+                f"{len(names) - 1} are needed for every image: correct the labels, or leave such images out."
+            )
+        if split == "train" and len(labels) < len(names):
+            missing = [f"'{title}'" for number, title in enumerate(names) if number not in labels]
+            found = f"Data set '{name}' has no training images of {len(missing)} of its {len(names)} classes: "
+            found += ", ".join(missing[:MOST_NAMED]) + (", ..." if len(missing) > MOST_NAMED else "")
+            if may_lack_classes:
+                logger.warning(f"{found}. They cannot be learned.")
+                continue
+            raise ValueError(
+                f"{found}. Each class needs some: add images to the train split, or leave the class out of the names "
+                "and the other splits."
+            )
+
+
+def take_from_each_class(data: Dataset, number: int, seed: int, where: str) -> Dataset:
+    """Keep a number of images of each class, drawn by a seed; those of a smaller number are among those of a larger.
+
+    Args:
+        data: A split.
+        number: Images of each class, at least 1.
+        seed: Decides which.
+        where: The split's name, for error messages.
+
+    Raises:
+        ValueError: A class has fewer images.
+    """
+    if number < 1:
+        raise ValueError(f"Found {number} images a class. At least 1 is needed: correct images_per_class.")
+    names, labels = data.features["label"].names, np.asarray(data["label"][:])
+    counts = np.bincount(labels, minlength=len(names))
+    if counts.min() < number:
+        few = [f"'{names[label]}' ({counts[label]})" for label in np.flatnonzero(counts < number)]
+        raise ValueError(
+            f"{where} has fewer than {number} images of {len(few)} of its {len(names)} classes: "
+            f"{', '.join(few[:MOST_NAMED])}{', ...' if len(few) > MOST_NAMED else ''}. images_per_class needs that "
+            "many of each class: ask for fewer, or add images."
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = [order[labels[order] == label][:number] for label in range(len(names))]
+    return data.select(np.sort(np.concatenate(chosen)))

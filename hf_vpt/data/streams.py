@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from .augmented import SharedCounter, draw_seed
+from .decoding import BrokenImages, check_broken_images, readable
 from .processing import ImageTransform
 
 
@@ -41,6 +42,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
             each pass as well. 0 keeps the order of the stream.
         repeat: Begin again, without end, after each pass, as training that counts steps needs it. A batch may then
             hold the end of one pass and the start of the next.
+        broken_images: What happens to images that cannot be read: `"stop"` raises `BrokenImageError`, `"skip"` passes
+            over them.
 
     Example:
         >>> stream = load_image_dataset("user/name", streaming=True)["train"]
@@ -55,19 +58,28 @@ class StreamedImages(torch.utils.data.IterableDataset):
         seed: int = 0,
         shuffle_buffer_size: int = 0,
         repeat: bool = False,
+        broken_images: BrokenImages = "stop",
     ):
+        check_broken_images(broken_images)
         if shuffle_buffer_size:
             stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
         self.stream = stream
         self.transform = transform
         self.seed = seed
         self.repeat = repeat
+        self.broken_images = broken_images
         self._epoch = SharedCounter()
+        self._num_broken = SharedCounter()
 
     @property
     def features(self) -> Features:
         """Types of the columns before the transform, with the names of the classes."""
         return self.stream.features
+
+    @property
+    def num_broken(self) -> int:
+        """How often an image was passed over because it cannot be read, in all passes so far."""
+        return self._num_broken.get()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the pass, counted from 0, with which the next iteration begins."""
@@ -85,12 +97,26 @@ class StreamedImages(torch.utils.data.IterableDataset):
             while chunk := list(islice(examples, CHUNK_SIZE)):
                 columns = {name: [example[name] for example in chunk] for name in chunk[0]}
                 seeds = [draw_seed(self.seed, epoch, worker_id, position + offset) for offset in range(len(chunk))]
-                columns = self.transform(columns, seeds)
-                yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
+                positions = [f"{position + offset} of worker {worker_id}" for offset in range(len(chunk))]
                 position += len(chunk)
+                if self.broken_images == "skip":
+                    columns, seeds = self._pass_over_broken(columns, seeds)
+                    if not seeds:
+                        continue
+                columns = self.transform(columns, seeds, positions)
+                yield from (dict(zip(columns, values)) for values in zip(*columns.values()))
             if position == 0 or not self.repeat:  # a worker without files would go round for ever
                 return
             epoch += 1
+
+    def _pass_over_broken(
+        self, columns: dict[str, list[Any]], seeds: list[int]
+    ) -> tuple[dict[str, list[Any]], list[int]]:
+        images = readable(columns[self.transform.image_column])
+        kept = [index for index, image in enumerate(images) if image is not None]
+        self._num_broken.set(self._num_broken.get() + len(images) - len(kept))
+        columns = {name: [values[index] for index in kept] for name, values in columns.items()}
+        return columns | {self.transform.image_column: [images[i] for i in kept]}, [seeds[i] for i in kept]
 
 
 def to_stream(data: Dataset, seed: int) -> IterableDataset:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import transformers
 
+from ..data.decoding import BrokenImages, check_broken_images
 from ..data.preprocessing import Preprocessing, check_preprocessing
 from ..data.processing import Augmentation
 from ..data.sources import resolve_variant
@@ -63,8 +64,8 @@ class DataArguments:
             (.csv, .tsv, .json, .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
-        dataset_variant: Which copy of a benchmark, see `hf_vpt.data.sources`: `"zip"` or `"full"` for VTAB-1k, `"hub"`
-            or `"official"` for FGVC. It is written into the results, because scores on two variants do not compare.
+        dataset_variant: Which copy of a benchmark: `"zip"` or `"full"` for VTAB-1k, `"hub"`, `"official"` or `"lists"`
+            for FGVC; see `hf_vpt.data.sources`. Scores on two variants do not compare.
         dataset_dir: Folder or archive of a benchmark that is on the disk already.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
@@ -72,11 +73,15 @@ class DataArguments:
         test_fraction: Share set aside for the test where no split is published.
         split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
             runs with different seeds share their splits.
+        images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`.
+        validation_images_per_class: The same for the validation split. The test split is never cut.
+        train_on_validation: Train on validation images too, once everything is chosen, as final runs on VTAB-1k do.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
-        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
-            on VTAB-1k and FGVC were measured with, random crops and flips of FGVC's training images included; see
-            `hf_vpt.data.preprocessing`.
+        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for that of published
+            scores on VTAB-1k and FGVC, random crops and flips in training included; see `choose_processor`.
+        broken_images: What happens to images that cannot be read: `"stop"` names the first one that training meets and
+            ends; `"skip"` leaves them out and counts them. Unless images are streamed, all are then read once first.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
@@ -92,7 +97,7 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     dataset_variant: str | None = field(
-        default=None, metadata={"help": "Copy of a benchmark: zip, full, hub, official."}
+        default=None, metadata={"help": "Copy of a benchmark: zip, full; hub, official, lists."}
     )
     dataset_dir: str | None = field(default=None, metadata={"help": "Folder or archive of a benchmark on the disk."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
@@ -100,17 +105,22 @@ class DataArguments:
     validation_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside for validation."})
     test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
+    images_per_class: int | None = field(default=None, metadata={"help": "Training images kept of each class."})
+    validation_images_per_class: int | None = field(default=None, metadata={"help": "The same for validation."})
+    train_on_validation: bool = field(default=False, metadata={"help": "Add the validation images to train."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
     preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
+    broken_images: BrokenImages = field(default="stop", metadata={"help": "At an image that cannot be read."})
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
 
     def __post_init__(self):
-        for name in ("shuffle_buffer_size", "num_held_out"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("shuffle_buffer_size", "num_held_out", "images_per_class", "validation_images_per_class"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
         resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
+        check_broken_images(self.broken_images)
         check_preprocessing(self.preprocessing, self.dataset_name, self.augmentation)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers.trainer_utils import has_length
 
-from ..data import AugmentedImages
 from ..data.fingerprint import fingerprint_splits
 from ..data.preprocessing import choose_augmentation
 from ..data.sources import resolve_variant
@@ -25,14 +24,18 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         data_args: Which data were asked for.
         data: The splits that `build_trainer` returns.
     """
-    images = {split: part.images if isinstance(part, AugmentedImages) else part for split, part in data.items()}
+    layers = {split: list(_layers(part)) for split, part in data.items()}
+    num_broken = {split: sum(getattr(layer, "num_broken", 0) for layer in parts) for split, parts in layers.items()}
     return {
         "dataset_name": data_args.dataset_name,
         "dataset_variant": resolve_variant(data_args.dataset_name, data_args.dataset_variant, data_args.dataset_dir),
-        "dataset_fingerprint": fingerprint_splits(images),
+        "dataset_fingerprint": fingerprint_splits({split: parts[-1] for split, parts in layers.items()}),
         "preprocessing": data_args.preprocessing,
         "augmentation": choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name),
+        "images_per_class": data_args.images_per_class,
+        "train_on_validation": data_args.train_on_validation,
         "num_images": {split: len(part) if has_length(part) else None for split, part in data.items()},
+        "num_broken_images": num_broken,
         "label_names": data["train"].features["label"].names,
     }
 
@@ -58,6 +61,13 @@ def check_comparable(results: Mapping[str, Mapping[str, Any]]) -> None:
                     f"{_shorten(found, expected)} ('{run}'). Results in one table must be on the same images, "
                     "prepared the same way: run one of them again with the settings of the other, or print two tables."
                 )
+
+
+def _layers(images: Any) -> Iterator[Any]:
+    """Go from what a data loader reads to the data set below it, through all that is wrapped around it."""
+    yield images
+    while (images := getattr(images, "images", None)) is not None:
+        yield images
 
 
 def _shorten(value: Any, other: Any) -> Any:

@@ -112,6 +112,11 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             f"Found {started} processes of which each would train alone and write to '{training_args.output_dir}'. "
             "They need to know that they belong together: on a CPU, add --use_cpu."
         )
+    if data_args.train_on_validation and training_args.load_best_model_at_end:
+        raise ValueError(
+            "Found train_on_validation and load_best_model_at_end. Images that are trained on cannot tell the best "
+            "epoch: add --no_load_best_model_at_end, which keeps the last one."
+        )
     # The head and the prompts are drawn before Trainer sets the seed.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
     with training_args.main_process_first(desc="load the data set"):
@@ -128,6 +133,9 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             seed=data_args.split_seed,
             streaming=data_args.streaming,
             num_held_out=data_args.num_held_out,
+            images_per_class=data_args.images_per_class,
+            validation_images_per_class=data_args.validation_images_per_class,
+            train_on_validation=data_args.train_on_validation,
         )
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(

@@ -11,8 +11,9 @@ from .arguments import DataArguments, ModelArguments
 
 DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_variant")
 DATA_FIELDS += ("image_column", "label_column")
-PREPARATION_FIELDS = ("preprocessing",)
+PREPARATION_FIELDS = ("preprocessing", "broken_images")
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
+SPLIT_FIELDS += ("images_per_class", "validation_images_per_class", "train_on_validation")
 
 
 class RunIdentity(TrainerCallback):

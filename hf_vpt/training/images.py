@@ -30,28 +30,27 @@ def prepare_images(
     processor: BaseImageProcessor,
     data_args: DataArguments,
     training_args: TrainingArguments,
-) -> dict[str, AugmentedImages | StreamedImages | Dataset]:
+) -> dict[str, AugmentedImages | StreamedImages]:
     """Give every split its transform, and the training images order and augmentation that depend on the seed alone.
 
     Args:
         splits: What `load_image_dataset` returns.
         processor: What `choose_processor` returns.
-        data_args: Augmentation and shuffling.
+        data_args: Augmentation, shuffling, and what happens to broken images.
         training_args: The seed.
     """
     augmentation = choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name)
     plain, augmented = ImageTransform(processor), ImageTransform(processor, augmentation)
-    seed = training_args.seed
+    seed, broken = training_args.seed, data_args.broken_images
     prepared = {}
     for split, images in splits.items():
         if split == "train" and isinstance(images, IterableDataset):
-            prepared[split] = StreamedImages(images, augmented, seed, data_args.shuffle_buffer_size, repeat=True)
-        elif split == "train":
-            prepared[split] = AugmentedImages(images, augmented, seed)
+            buffer_size = data_args.shuffle_buffer_size
+            prepared[split] = StreamedImages(images, augmented, seed, buffer_size, repeat=True, broken_images=broken)
         elif isinstance(images, IterableDataset):
-            prepared[split] = StreamedImages(images, plain)
+            prepared[split] = StreamedImages(images, plain, broken_images=broken)
         else:
-            prepared[split] = images.with_transform(plain)
+            prepared[split] = AugmentedImages(images, augmented if split == "train" else plain, seed, broken)
     return prepared
 
 
@@ -64,7 +63,7 @@ def sample_batches(
     """
     plain = ImageTransform(processor)
     if isinstance(images, StreamedImages):
-        sample = StreamedImages(images.stream, plain)
+        sample = StreamedImages(images.stream, plain, broken_images=images.broken_images)
     else:
         sample = images.images.shuffle(seed=training_args.seed).with_transform(plain)
     yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)

@@ -6,9 +6,11 @@ WebDataset shards, of which 1,000 training images are drawn without regard to th
 `numpy.random.default_rng(seed).permutation`: the first 800 are train, the next 200 validation, and all test images
 are the test. These are not the 1,000 images of the first variant.
 
-`fgvc/<set>` has two variants too. `hub`: a repository on the Hub. `official`: the folder that the authors of the set
-publish. Oxford Flowers has a validation split; of the others, validation gets 10 % of the training images, stratified
-by class and drawn by the seed, which are the sizes that the paper of VPT (arXiv 2203.12119, table 7) reports.
+`fgvc/<set>` has three. `hub`: a repository on the Hub. `official`: the folder that the authors of the set publish.
+`lists`: such a folder with VPT's lists `train.json`, `val.json` and `test.json` in it, which all three splits follow.
+Without them, Oxford Flowers has a validation split; of the other sets, validation gets 10 % of the training images,
+stratified by class and drawn by the seed. These are the sizes that the paper of VPT (arXiv 2203.12119) has, and other
+images.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def resolve_variant(name: str, variant: str | None = None, data_dir: str | None 
         )
     if variant is not None and variant not in VARIANTS[benchmark]:
         raise ValueError(
-            f"dataset_variant is '{variant}'. {name} has the variants {' and '.join(VARIANTS[benchmark])}: choose "
+            f"dataset_variant is '{variant}'. {name} has the variants {', '.join(VARIANTS[benchmark])}: choose "
             "one, or leave it out."
         )
     if benchmark == "vtab":
@@ -116,9 +118,9 @@ def load_benchmark(
 
     variant = resolve_variant(name, variant, data_dir)
     benchmark, _, task = name.partition("/")
-    if variant == "official" and data_dir is None:
+    if variant in ("official", "lists") and data_dir is None:
         raise ValueError(
-            f"Found {name} without dataset_dir. Its variant official is a folder on the disk: download it from its "
+            f"Found {name} without dataset_dir. Its variant {variant} is a folder on the disk: download it from its "
             "authors, unpack it, and pass the folder as dataset_dir."
         )
     if benchmark == "vtab":

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+SECONDS_A_DAY = 24 * 3600
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -55,6 +58,9 @@ def extract_folder(archive: zipfile.ZipFile, prefix: str, folder: Path) -> Path:
             f"'{folder.parent}' has {free / 1e6:,.0f} MB left and '{archive.filename}' needs {needed / 1e6:,.0f} MB "
             "there. Unpacked images must fit on the disk: free some space, or set HF_DATASETS_CACHE to another disk."
         )
+    for left in folder.parent.glob(f"{folder.name}.draft-*"):  # by a process that was killed, if it is old
+        if time.time() - left.stat().st_mtime > SECONDS_A_DAY:
+            shutil.rmtree(left, ignore_errors=True)
     logger.warning(f"Unpacking {len(members)} files of '{archive.filename}' to '{folder}'.")
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.draft-", dir=folder.parent))
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from datasets import DatasetDict, load_dataset
 
 from .official import READERS
+from .split_lists import load_split_lists
 from .table import FGVC, FGVCSet
 
 
@@ -17,6 +18,8 @@ def load_fgvc(
     fgvc_set = FGVC[set_name]
     if variant == "official":
         return READERS[fgvc_set.layout](_find_folder(Path(data_dir).expanduser(), fgvc_set, set_name))
+    if variant == "lists":
+        return load_split_lists(Path(data_dir).expanduser(), set_name)
     raw = load_dataset(fgvc_set.repo, revision=revision, cache_dir=cache_dir)
     # Some repositories hold corrupted or blurred copies of the test images as further splits.
     splits = DatasetDict({split: raw[split] for split in ("train", "validation", "test") if split in raw})

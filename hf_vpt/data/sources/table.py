@@ -90,5 +90,5 @@ FGVC = {
 }
 
 # Which copies of a benchmark there are; the first one is the default where nothing else decides.
-VARIANTS = {"vtab": ("zip", "full"), "fgvc": ("hub", "official")}
+VARIANTS = {"vtab": ("zip", "full"), "fgvc": ("hub", "official", "lists")}
 TASKS = {"vtab": VTAB, "fgvc": FGVC}
