@@ -13,7 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ..data import AugmentedImages, ImageTransform, StreamedImages, collate_images
+from ..data import AugmentedImages, ImageTransform, PrefixImages, ResizedImages, StreamedImages, collate_images
+from ..data.cache import cache_folder
 from ..tuners.provpt import PROVPTConfig
 from .arguments import DataArguments, TrainingArguments
 
@@ -35,14 +36,18 @@ def prepare_images(
     Args:
         splits: What `load_image_dataset` returns.
         processor: The backbone's image processor.
-        data_args: Augmentation and shuffling.
+        data_args: Augmentation, shuffling and cache of images.
         training_args: The seed.
     """
+    folder = cache_folder(data_args.cache_dir, "images")
     plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
     seed = training_args.seed
     prepared = {}
     for split, images in splits.items():
-        if split == "train" and isinstance(images, IterableDataset):
+        if data_args.cache_images:
+            resized = ResizedImages(images, augmented if split == "train" else plain, folder)
+            prepared[split] = AugmentedImages(resized, resized.finish, seed)
+        elif split == "train" and isinstance(images, IterableDataset):
             prepared[split] = StreamedImages(images, augmented, seed, data_args.shuffle_buffer_size, repeat=True)
         elif split == "train":
             prepared[split] = AugmentedImages(images, augmented, seed)
@@ -54,7 +59,9 @@ def prepare_images(
 
 
 def sample_batches(
-    images: AugmentedImages | StreamedImages, processor: BaseImageProcessor, training_args: TrainingArguments
+    images: AugmentedImages | PrefixImages | StreamedImages,
+    processor: BaseImageProcessor,
+    training_args: TrainingArguments,
 ) -> Iterator[dict[str, Any]]:
     """Go through training images without augmentation in a seeded order, the same one in every process.
 
@@ -64,7 +71,9 @@ def sample_batches(
     if isinstance(images, StreamedImages):
         sample = StreamedImages(images.stream, plain)
     else:
-        sample = images.images.shuffle(seed=training_args.seed).with_transform(plain)
+        while not isinstance(images, Dataset):
+            images = images.images
+        sample = images.shuffle(seed=training_args.seed).with_transform(plain)
     yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 
