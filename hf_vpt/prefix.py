@@ -107,8 +107,16 @@ class FrozenPrefix:
         return [self.base.get_submodule(name) for name in self.backbone.block_names]
 
     @torch.no_grad()
-    def compute(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Runs the blocks before `block`, without dropout: `(B, C, H, W)` to `(B, T, D)`."""
+    def compute(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Runs the blocks before `block`, without dropout.
+
+        Args:
+            pixel_values: Images `(B, C, H, W)`.
+            kwargs: Other arguments of the model, such as `interpolate_pos_encoding`.
+
+        Returns:
+            Tokens `(B, T, D)`.
+        """
         last = self._blocks()[self.block - 1]
         forward, training = last.forward, self.model.training
 
@@ -118,7 +126,7 @@ class FrozenPrefix:
         self.model.eval()
         try:
             with _replaced(last, stop):
-                self.base(pixel_values=pixel_values)
+                self.base(pixel_values=pixel_values, **kwargs)
         except _Reached as reached:
             self.image_shape, self.dtype = tuple(pixel_values.shape[1:]), reached.tokens.dtype
             return reached.tokens
