@@ -19,15 +19,6 @@ from hf_vpt.training import build_trainer, parse_arguments, train_classifier
 
 CLASSES = ["dark", "grey", "light"]
 COMMON = ["--use_cpu", "--disable_tqdm=1", "--per_device_train_batch_size", "8", "--num_train_epochs", "2"]
-    "--use_cpu",
-    "--disable_tqdm=1",
-    "--per_device_train_batch_size",
-    "8",
-    "--num_train_epochs",
-    "3",
-    "--learning_rate",
-    "0.05",
-]
 COMMON += ["--learning_rate", "0.05", "--no_load_best_model_at_end"]
 ONLINE = ["--scoring", "online", "--relocation_steps", "5"]
 PROMPTS = {
