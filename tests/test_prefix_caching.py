@@ -143,7 +143,7 @@ def test_losses_scores_and_weights_are_those_without_a_cache(settings, tmp_path,
 
 def test_accumulated_and_unequal_batches_with_workers_are_those_without_a_cache(settings, tmp_path):
     options = ["--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "5"]
-    options += ["--dataloader_num_workers", "1", "--dataloader_persistent_workers"]
+    options += ["--dataloader_num_workers", "1"]
     wanted = run(settings, tmp_path, "provpt", *options, folder="plain")
     assert_same_run(run(settings, tmp_path, "provpt", *options, "--cache_prefix", folder="cached"), wanted)
 
