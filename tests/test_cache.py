@@ -1,6 +1,8 @@
 """Rows on the disk are read as they were written, or count as missing, whoever writes and is killed."""
 
+import errno
 import multiprocessing
+import os
 import pickle
 import shutil
 
@@ -139,3 +141,23 @@ def test_caches_lie_in_the_folder_that_is_named_or_in_hugging_faces_own(tmp_path
 
     assert cache_folder(str(tmp_path), "images") == tmp_path / "images"
     assert str(cache_folder(None, "images")).startswith(HF_HOME)
+
+
+def test_a_file_system_that_reserves_nothing_gets_a_file_with_holes(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    cache = ArrayCache(tmp_path / "rows", 3, (2,), torch.float32)
+    cache.write(2, torch.ones(2))
+    assert cache.missing() == [0, 1]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_no_file(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with pytest.raises(OSError, match=r"(?s)GiB free.*The cache needs.*free some"):
+        ArrayCache(tmp_path / "rows", 3, (2,), torch.float32)
+    assert not (tmp_path / "rows").exists()

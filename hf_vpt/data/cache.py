@@ -148,12 +148,13 @@ def _reserve(descriptor: int, file: Path, num_bytes: int) -> None:
     try:
         if free < num_bytes:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.truncate(descriptor, num_bytes)
         # Writing to a file with holes would kill the process once the disk is full.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, num_bytes)
-        else:
-            os.truncate(descriptor, num_bytes)
     except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+            return  # a file system that has no such call
         file.unlink(missing_ok=True)
         raise OSError(
             error.errno,
