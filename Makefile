@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 LOWEST := $(VENV)-lowest
 ARGS ?=
 CONFIG ?= configs/vapt/digits.yaml
-TABLE_CONFIGS ?= $(sort $(wildcard configs/*/digits*.yaml))
+# Another table: make table DATA=drawn TABLE=outputs/counting ARGS="--dataset_name drawn/counting"
+DATA ?= digits
+TABLE ?= outputs/table
+TABLE_CONFIGS ?= $(sort $(wildcard configs/*/$(DATA)*.yaml))
 SEEDS ?= 0 1 2
 
 # Small tensors: several threads for each operation cost more than they bring, and test workers would share cores.
@@ -50,9 +53,9 @@ table: setup  ## train every demo configuration with every seed and print the RE
 	set -e; for config in $(TABLE_CONFIGS); do for seed in $(SEEDS); do \
 	    name=$${config#configs/}; name=$${name%.yaml}; \
 	    $(BIN)/accelerate launch scripts/train.py --config $$config --seed $$seed \
-	        --output_dir outputs/table/$$name/seed$$seed $(ARGS); \
+	        --output_dir $(TABLE)/$$name/seed$$seed $(ARGS); \
 	done; done
-	$(BIN)/python scripts/results_table.py outputs/table
+	$(BIN)/python scripts/results_table.py $(TABLE)
 
 clean:  ## remove what training and tests leave behind; .venv and .venv-lowest stay
 	rm -rf outputs trainer_output build dist .pytest_cache .ruff_cache *.egg-info

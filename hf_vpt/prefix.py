@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from .backbones import find_backbone
-from .data.cache import fingerprint
+from .data.cache import make_key
 from .tuners.base.block import PromptedBlock
 
 
@@ -195,7 +195,7 @@ class FrozenPrefix:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         config = {key: value for key, value in self.base.config.to_dict().items() if key not in _NO_PART}
-        return fingerprint(digest.hexdigest(), config)
+        return make_key(digest.hexdigest(), config)
 
     def _tensors(self, all_blocks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """What images pass before block k (or the final norm): names below the root, parameters and buffers.

@@ -1,4 +1,4 @@
-"""Pre-train the small ViT that the demos adapt, on drawn shapes (`hf_vpt.data.drawn`), without any download.
+"""Pre-train the small ViT that the demos adapt, without any download, on `hf_vpt.data.pretraining_shapes`.
 
     python scripts/pretrain_demo_backbone.py --output_dir hf_vpt/demo/vit_drawn --max_minutes 32
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from hf_vpt.data.drawn import IMAGE_SIZE, DrawnClasses
+from hf_vpt.data.pretraining_shapes import IMAGE_SIZE, DrawnClasses
 
 
 @dataclass
@@ -52,8 +52,8 @@ tags: [vision, formula-driven-supervised-learning]
 
 A ViT with {parameters:,} parameters (32 x 32 pixels, patches of 4 x 4, {layers} blocks of width {width}) for demos and
 tests of visual prompts that must run offline. It has seen no photograph and no handwriting: all {classes} classes are
-shapes drawn by `hf_vpt/data/drawn.py` ({num_fractals} fractals, {num_contours} closed contours, {num_glyphs} stroke
-glyphs).
+shapes drawn by `hf_vpt/data/pretraining_shapes.py` ({num_fractals} fractals, {num_contours} closed contours,
+{num_glyphs} stroke glyphs).
 
 | | |
 |---|---|

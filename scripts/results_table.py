@@ -2,6 +2,8 @@
 
 make table            # trains every demo configuration with three seeds, then calls this
 python scripts/results_table.py outputs/table
+
+Results on other images, or on images prepared in another way, are refused: see `hf_vpt.training.check_comparable`.
 """
 
 from __future__ import annotations
@@ -11,28 +13,33 @@ import statistics
 import sys
 from pathlib import Path
 
+from hf_vpt.training import check_comparable
+
 
 # Runs of one row lie in <folder>/<configuration>/seed<n>/metrics.json; baselines first, then as the papers appeared.
-ROWS = {
-    "linear_probe/digits": "linear probe",
-    "vpt/digits_shallow": "VPT-Shallow",
-    "vpt/digits": "VPT-Deep",
-    "vapt/digits": "VAPT",
-    "provpt/digits": "PRO-VPT",
-    "bpt/digits": "BPT",
-    "full/digits": "full fine-tuning",
+METHODS = {
+    "linear_probe/{}": "linear probe",
+    "vpt/{}_shallow": "VPT-Shallow",
+    "vpt/{}": "VPT-Deep",
+    "vapt/{}": "VAPT",
+    "provpt/{}": "PRO-VPT",
+    "bpt/{}": "BPT",
+    "full/{}": "full fine-tuning",
 }
+ROWS = {folder.format(data): title for data in ("digits", "drawn") for folder, title in METHODS.items()}
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/table")
+    found = {str(file): json.loads(file.read_text()) for row in ROWS for file in _results(folder / row)}
+    check_comparable(found)
     # Processor time: several runs at once share the cores of a machine, and its clock.
     print("| method | test accuracy, % | tuned parameters | of which prompts | CPU seconds | seeds |")
     print("|---|---|---|---|---|---|")
     for name, title in ROWS.items():
         runs = [
-            json.loads(file.read_text()) | json.loads((file.parent / "timings.json").read_text())
-            for file in sorted((folder / name).glob("seed*/metrics.json"))
+            found[str(file)] | json.loads((file.parent / "timings.json").read_text())
+            for file in _results(folder / name)
         ]
         if not runs:
             continue
@@ -45,6 +52,10 @@ def main() -> None:
             f"| {title} | {statistics.mean(accuracies):.1f}{spread} | {runs[0]['trained_parameters']:,} "
             f"| {prompts} | {statistics.median(run['train_cpu_seconds'] for run in runs):.0f} | {len(runs)} |"
         )
+
+
+def _results(folder: Path) -> list[Path]:
+    return sorted(folder.glob("seed*/metrics.json"))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import statistics
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt.benchmark import (
+    BAKED,
     BENCHMARK_BACKBONES,
+    COMPILED,
     FLOOR,
     VARIANTS,
     BenchmarkArguments,
@@ -47,7 +52,9 @@ def test_every_variant_is_measured_in_every_round_and_compared_with_the_floor_of
         rounds.setdefault((row.mode, row.num_virtual_tokens), []).append(row)
     assert len(rounds) == 4
     for rows in rounds.values():
-        assert [row.variant for row in rows] == list(VARIANTS)
+        # Baked prompts do not train.
+        modes = [name for name in VARIANTS if rows[0].mode == "inference" or not name.endswith(BAKED)]
+        assert [row.variant for row in rows] == modes
         floor = statistics.median(rows[0].seconds)
         for row in rows:
             assert row.over_floor == pytest.approx(statistics.median(row.seconds) / floor)
@@ -68,6 +75,22 @@ def test_variants_train_what_they_should_and_cost_what_they_must(results):
     inference = {row.variant: row for row in results if (row.mode, row.num_virtual_tokens) == ("inference", 4)}
     assert inference[FLOOR].saved_bytes is None
     assert inference[FLOOR].flops < rows[FLOOR].flops
+    # Attention alone is left of baked prompts.
+    assert inference[FLOOR].flops < inference["VPT-Deep, baked"].flops < inference["VPT-Deep"].flops
+    assert rows["VPT-Shallow"].flops == rows["VPT-Shallow, concatenated"].flops
+    assert trained["VPT-Shallow"] == trained["VPT-Shallow, concatenated"] == 4 * 16
+
+
+def test_images_of_a_batch_are_divided_among_adapters():
+    sizes = {"num_virtual_tokens": [2], "batch_size": [4], "image_size": 32, "repeats": 1, "num_threads": 1}
+    results = run_benchmark(BenchmarkArguments(modes=["inference"], num_adapters=[1, 4], count=True, **sizes))
+    flops = {(row.variant, row.num_adapters): row.flops for row in results}
+    # The keys and values of four tables instead of one, in two blocks.
+    assert flops["VPT-Deep", 4] - flops["VPT-Deep", 1] == 2 * 3 * 2 * (2 * 2 * 16 * 16)
+    assert flops[FLOOR, 4] == flops[FLOOR, 1]
+    assert ("linear probe", 4) not in flops and ("VPT-Deep, baked", 4) not in flops
+    with pytest.raises(ValueError, match="num_adapters has 8"):
+        run_benchmark(BenchmarkArguments(modes=["inference"], num_adapters=[8], **sizes))
 
 
 def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
@@ -78,6 +101,16 @@ def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert not own & frozen, name
         assert name == "full fine-tuning" or {id(p) for p in model.parameters()} & frozen, name
+
+
+def test_a_compiled_model_is_measured_beside_the_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    results = run_benchmark(BenchmarkArguments(variants=["VPT-Deep"], compile=True, count=True, **sizes))
+    assert [row.variant for row in results] == [FLOOR, FLOOR + COMPILED, "VPT-Deep", "VPT-Deep" + COMPILED]
+    assert results[2].flops and results[3].flops is None
+    assert results[2].trained_parameters == results[3].trained_parameters
+    assert "| VPT-Deep, compiled |" in to_markdown(results)
 
 
 def test_an_unknown_variant_is_an_error_that_names_the_known_ones():
@@ -103,8 +136,18 @@ def test_the_script_leaves_a_table_numbers_and_a_picture(tmp_path, monkeypatch, 
     assert not (tmp_path / "cost_over_batch_size.png").exists()
 
 
+def test_two_processes_average_their_gradients_and_the_first_one_reports():
+    launch = "accelerate.commands.launch --config_file configs/accelerate/cpu_two_processes.yaml --main_process_port 0"
+    words = ["scripts/benchmark.py", "--backbone", "vit_small", "--batch_size", "2", "--num_virtual_tokens", "2"]
+    command = [sys.executable, "-m", *launch.split(), *words, *TINY, "--variants", "VPT-Deep", "linear probe"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "2 × 1 threads" in found.stdout
+    assert found.stdout.count("| VPT-Deep |") == found.stdout.count("| linear probe |") == 1
+
+
 def test_a_table_has_one_line_for_each_variant(results):
     table = to_markdown(results)
     assert table.count("**training, B = 2, N = 4**") == 1
     assert table.count("| VPT-Deep |") == 4
+    assert table.count("| VPT-Deep, baked |") == 2
     assert table.count("× FLOPs") == 4

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from hf_vpt.data.cache import ArrayCache, cache_folder, fingerprint
+from hf_vpt.data.cache import ArrayCache, cache_folder, make_key
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.uint8]
@@ -129,9 +129,9 @@ def test_too_small_a_disk_is_an_error_before_anything_is_written(tmp_path, monke
     assert not (tmp_path / "rows").exists()
 
 
-def test_fingerprints_tell_all_parts_from_one_another():
-    same = [fingerprint("a", {"x": 1, "y": [2, 3]}), fingerprint("a", {"y": [2, 3], "x": 1})]
-    others = [fingerprint("a", {"x": 1, "y": [3, 2]}), fingerprint("b", {"x": 1, "y": [2, 3]}), fingerprint("a")]
+def test_keys_tell_all_parts_from_one_another():
+    same = [make_key("a", {"x": 1, "y": [2, 3]}), make_key("a", {"y": [2, 3], "x": 1})]
+    others = [make_key("a", {"x": 1, "y": [3, 2]}), make_key("b", {"x": 1, "y": [2, 3]}), make_key("a")]
     assert same[0] == same[1]
     assert len({same[0], *others}) == 4
 

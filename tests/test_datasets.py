@@ -163,8 +163,3 @@ def test_data_without_a_train_split_is_an_error(tmp_path):
 def test_fraction_outside_zero_to_one_is_refused():
     with pytest.raises(ValueError, match="validation_fraction is 1.5"):
         load_image_dataset("digits", validation_fraction=1.5)
-
-
-def test_a_benchmark_whose_sources_are_not_known_is_an_error_that_says_what_to_pass():
-    with pytest.raises(ValueError, match="benchmark 'vtab/dtd'.*not know yet.*--dataset_name"):
-        load_image_dataset("vtab/dtd")

@@ -148,7 +148,20 @@ def test_accumulated_and_unequal_batches_with_workers_are_those_without_a_cache(
     assert_same_run(run(settings, tmp_path, "provpt", *options, "--cache_prefix", folder="cached"), wanted)
 
 
-def test_both_caches_go_together(settings, tmp_path, decoded):
+def test_results_describe_the_same_data_with_and_without_caches(settings, tmp_path):
+    wanted = train_classifier(settings("vpt", "--num_train_epochs", "1", folder="plain"))
+    options = ["--num_train_epochs", "1", "--cache_prefix", "--cache_images"]
+    assert train_classifier(settings("vpt", *options, folder="cached")) == wanted
+
+
+@pytest.mark.parametrize("cache", ["cache_images", "cache_prefix"])
+def test_crops_of_the_published_preprocessing_are_refused(cache, tmp_path):
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "--dataset_name", "fgvc/cub", "--preprocessing", "published"]
+    with pytest.raises(ValueError, match=f"{cache} is set with augmentation 'resize_crop_flip'"):
+        parse_arguments([*words, f"--{cache}"])
+
+
+def test_both_caches_go_together(settings, tmp_path):
     wanted = run(settings, tmp_path, "vpt", folder="plain")
     both = ["--cache_prefix", "--cache_images"]
     assert_same_run(run(settings, tmp_path, "vpt", *both, folder="cached"), wanted)

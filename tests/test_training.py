@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
 from transformers import TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
+from hf_vpt.data import load_image_dataset
+from hf_vpt.data.fingerprint import fingerprint_splits
 from hf_vpt.training import (
     Accuracy,
     ImageClassificationTrainer,
@@ -276,6 +278,8 @@ def test_run_learns_and_leaves_everything_needed_to_use_it(settings, tmp_path, m
     assert written["label_names"] == CLASSES
     assert 1 <= written["best_epoch"] <= 20
     assert written["num_images"] == {"train": 24, "validation": 12, "test": 12}
+    assert written["dataset_variant"] is None
+    assert written["dataset_fingerprint"] == fingerprint_splits(load_image_dataset(run.data.dataset_name))
 
 
 def test_averaged_weights_are_scored_and_saved_beside_the_last_ones(settings, tmp_path):

@@ -50,7 +50,7 @@ def for_flex_attention(mask: torch.Tensor, query: torch.Tensor, key: torch.Tenso
     What is added to the logits becomes "attend" or not, unless it wants a gradient.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
-    shape = (len(query), 1, num_queries, num_keys)
+    shape = (query.shape[0], 1, num_queries, num_keys)
     if mask.requires_grad:
         return mask.expand(shape)
     allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -46,14 +46,10 @@ class PromptKeysValues:
         # Only a check, and a compiled graph may not have side effects.
         if not torch.compiler.is_compiling():
             self.arrived = True
-        # Autocast or an adapter kept in float32 may give prompts another dtype than the tokens have.
-        prompt_key, prompt_value = (
-            for_windows(t.to(key.dtype), len(key)).expand(len(key), -1, -1, -1) for t in (self.key, self.value)
-        )
-        bias = None if self.bias is None else for_windows(self.bias, len(key))
-        key_and_prompts = torch.cat([key, prompt_key], dim=2)
-        value_and_prompts = torch.cat([value, prompt_value], dim=2)
-        return key_and_prompts, value_and_prompts, extend_mask(mask, key, self.key.shape[2], bias)
+        num_windows = key.shape[0]
+        bias = None if self.bias is None else for_windows(self.bias, num_windows)
+        mask = extend_mask(mask, key, self.key.shape[2], bias)
+        return _join(key, self.key), _join(value, self.value), mask
 
     def attend(
         self, key: torch.Tensor, value: torch.Tensor, attention: Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -70,9 +66,9 @@ class PromptKeysValues:
         mask = None
         if self.bias is not None:
             num_tokens = key.shape[2] - self.bias.shape[3]
-            mask = nn.functional.pad(for_windows(self.bias, len(key)).to(key.dtype), (num_tokens, 0))
-        output, _ = attention(for_windows(self.query.to(key.dtype), len(key)), key, value, mask)
-        self.attended = mean_over_windows(output.flatten(2), len(self.query))
+            mask = nn.functional.pad(for_windows(self.bias, key.shape[0]).to(key.dtype), (num_tokens, 0))
+        output, _ = attention(for_windows(self.query.to(key.dtype), key.shape[0]), key, value, mask)
+        self.attended = mean_over_windows(output.flatten(2), self.query.shape[0])
 
 
 class BakedKeysValues(nn.Module, PromptKeysValues):
@@ -90,12 +86,21 @@ class BakedKeysValues(nn.Module, PromptKeysValues):
         self.bias = self.query = None
 
 
+def _join(tokens: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
+    """Keys or values of tokens `(B, heads, T, head_dim)` and of prompts, `(B, heads, T + N, head_dim)`."""
+    # Autocast or an adapter kept in float32 may give prompts another dtype than the tokens have.
+    prompts = for_windows(prompts.to(tokens.dtype), tokens.shape[0]).expand(tokens.shape[0], -1, -1, -1)
+    # In memory heads stand within tokens, as projections make them: whole rows are copied, here and in the gradient.
+    return torch.cat([tokens.transpose(1, 2), prompts.transpose(1, 2)], dim=1).transpose(1, 2)
+
+
 def for_windows(tensor: torch.Tensor, num_windows: int) -> torch.Tensor:
     """One entry for each window: `(B, …)` to `(num_windows, …)`; what is the same for all images stays `(1, …)`."""
-    if len(tensor) in (1, num_windows):
+    # Not len(), which would fix the number of images in a graph that is exported.
+    if tensor.shape[0] in (1, num_windows):
         return tensor
     # Windows of an image stand side by side, images one after the other.
-    return tensor.repeat_interleave(num_windows // len(tensor), dim=0)
+    return tensor.repeat_interleave(num_windows // tensor.shape[0], dim=0)
 
 
 def mean_over_windows(tensor: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -168,7 +173,7 @@ def insert_into_mask(
         columns = mask.new_full((*mask.shape[:3], num_tokens), attend)
     else:
         columns = ~absent if attend else absent.to(mask.dtype) * torch.finfo(mask.dtype).min
-        mask = mask.expand(len(absent), -1, -1, -1)
+        mask = mask.expand(absent.shape[0], -1, -1, -1)
         columns = columns[:, None, None].expand(*mask.shape[:3], -1)
     return torch.cat([mask[..., :start], columns, mask[..., start:]], dim=3)
 

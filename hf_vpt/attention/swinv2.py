@@ -33,7 +33,7 @@ class PromptedSwinv2SelfAttention(Swinv2SelfAttention):
         query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
         mask = self._position_bias()
         if attention_mask is not None:
-            num_images = len(hidden_states) // len(attention_mask)
+            num_images = hidden_states.shape[0] // attention_mask.shape[0]
             # Twice, as the model adds it.
             mask = mask + 2 * attention_mask[:, None].repeat(num_images, 1, 1, 1)
         key, value, mask = prompts.append_to(key, value, mask)

@@ -3,11 +3,13 @@
 from .cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
 from .measure import BenchmarkArguments, Measurement, run_benchmark
 from .report import to_markdown
-from .variants import BENCHMARK_BACKBONES, CONCATENATED, FLOOR, VARIANTS, BenchmarkBackbone
+from .variants import BAKED, BENCHMARK_BACKBONES, COMPILED, CONCATENATED, FLOOR, VARIANTS, BenchmarkBackbone
 
 
 __all__ = [
+    "BAKED",
     "BENCHMARK_BACKBONES",
+    "COMPILED",
     "CONCATENATED",
     "FLOOR",
     "VARIANTS",

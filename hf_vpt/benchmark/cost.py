@@ -124,6 +124,8 @@ def _rotated(items: list[Any], by: int) -> Iterable[Any]:
 
 def _time(run: Callable[[], Any], device: torch.device | str) -> float:
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the slowest process begins, and all of them end with the average of gradients
     wait()
     start = time.perf_counter()
     run()

@@ -6,19 +6,28 @@ import copy
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
-from .variants import BENCHMARK_BACKBONES, CONCATENATED, FLOOR, VARIANTS
+from .variants import BAKED, BENCHMARK_BACKBONES, COMPILED, CONCATENATED, FLOOR, VARIANTS
 
 
 Mode = Literal["training", "inference"]
 # What stays in evaluation mode: their frozen dropout and stochastic depth would be on, as those of prompts are not.
-IN_EVALUATION_MODE = (FLOOR, "linear probe", "LoRA, r = 8 on q and v", "full fine-tuning")
+IN_EVALUATION_MODE = (
+    FLOOR,
+    "VPT-Shallow" + CONCATENATED,
+    "linear probe",
+    "LoRA, r = 8 on q and v",
+    "full fine-tuning",
+)
 
 
 @dataclass
@@ -28,7 +37,8 @@ class BenchmarkArguments:
     Args:
         backbone: Which backbone, with random weights.
         num_virtual_tokens: Prompts N in a block; one round of measurements for each number.
-        batch_size: Images B; one round for each number.
+        batch_size: Images B, in each process; one round for each number.
+        num_adapters: Adapters among which the images of a batch are divided, in inference; one round for each number.
         image_size: Height and width in pixels.
         modes: `"training"`, forward and backward, or `"inference"`, forward alone, or both.
         variants: Names of the variants to measure beside the floor; all if left out. See `VARIANTS`.
@@ -37,7 +47,7 @@ class BenchmarkArguments:
         dtype: Number format: of weights and images, or `"autocast"` for bfloat16 products on float32 weights.
         num_threads: Threads of PyTorch on a CPU.
         attn_implementation: Attention backend of Transformers.
-        compile: Whether models are compiled.
+        compile: Whether each model is measured a second time, compiled.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
         count: Whether operations, bytes kept and peak memory are measured as well, in passes of their own.
     """
@@ -47,6 +57,7 @@ class BenchmarkArguments:
     )
     num_virtual_tokens: list[int] = field(default_factory=lambda: [50], metadata={"help": "Prompts in a block."})
     batch_size: list[int] = field(default_factory=lambda: [8], metadata={"help": "Images in a batch."})
+    num_adapters: list[int] = field(default_factory=lambda: [1], metadata={"help": "Adapters in a batch."})
     image_size: int = field(default=224, metadata={"help": "Pixels."})
     modes: list[str] = field(default_factory=lambda: ["training"], metadata={"help": "training, inference."})
     variants: list[str] | None = field(default=None, metadata={"help": "Names of the variants; all if left out."})
@@ -57,7 +68,7 @@ class BenchmarkArguments:
     )
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
     attn_implementation: str = field(default="sdpa", metadata={"help": "Attention backend."})
-    compile: bool = field(default=False, metadata={"help": "Compile the models."})
+    compile: bool = field(default=False, metadata={"help": "Measure compiled models as well."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations a second time."})
     count: bool = field(default=False, metadata={"help": "Count operations and memory as well."})
 
@@ -71,6 +82,7 @@ class Measurement:
         mode: `"training"` or `"inference"`.
         num_virtual_tokens: Prompts N in a block.
         batch_size: Images B.
+        num_adapters: Adapters among which the images are divided.
         seconds: Every measured run.
         over_floor: Median seconds, as a multiple of the floor's in the same round.
         trained_parameters: Numbers that train, without the head.
@@ -83,6 +95,7 @@ class Measurement:
     mode: Mode
     num_virtual_tokens: int
     batch_size: int
+    num_adapters: int
     seconds: list[float]
     over_floor: float
     trained_parameters: int
@@ -100,6 +113,9 @@ class Measurement:
 
 def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lambda line: None) -> list[Measurement]:
     """Measure what the arguments ask for; every round runs each variant in turn.
+
+    Where `torch.distributed` is initialised, every process measures its own batch, and training steps average their
+    gradients.
 
     Args:
         args: What to measure.
@@ -124,14 +140,16 @@ def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lamb
     for batch_size in args.batch_size:
         images = torch.randn(batch_size, 3, args.image_size, args.image_size, device=args.device, dtype=dtype)
         labels = torch.randint(100, (batch_size,), device=args.device)
-        for number in args.num_virtual_tokens:
+        for number, num_adapters in product(args.num_virtual_tokens, args.num_adapters):
             models = {name: VARIANTS[name](_share(base), measured, number) for name in names}
+            if num_adapters > 1:
+                models = {n: _with_adapters(m, num_adapters) for n, m in models.items() if _takes_adapters(n, m)}
             if args.gradient_checkpointing:
                 for model in models.values():
                     model.gradient_checkpointing_enable({"use_reentrant": False})
             for mode in args.modes:
-                report(f"B = {batch_size}, N = {number}, {mode}")
-                results += _measure_round(args, models, images, labels, mode, number)
+                report(f"B = {batch_size}, N = {number}, {num_adapters} adapters, {mode}")
+                results += _measure_round(args, models, images, labels, mode, number, num_adapters)
             del models
     return results
 
@@ -143,11 +161,29 @@ def _check(args: BenchmarkArguments) -> None:
     ):
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f"{name} has {unknown}. Known are {known}: correct them.")
+    if max(args.num_adapters) > 1 and (args.modes != ["inference"] or max(args.num_adapters) > min(args.batch_size)):
+        raise ValueError(
+            f"num_adapters has {max(args.num_adapters)}, with modes {args.modes} and batches of {args.batch_size}. "
+            "Several adapters in a batch need inference alone, and an image each: add --modes inference, or correct "
+            "the sizes."
+        )
 
 
 def _share(base: PreTrainedModel) -> PreTrainedModel:
     """A copy with the same tensors: a dozen copies of a backbone would not fit every machine."""
     return copy.deepcopy(base, memo={id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
+def _takes_adapters(name: str, model: nn.Module) -> bool:
+    return name == FLOOR or isinstance(model, PeftModel)
+
+
+def _with_adapters(model: nn.Module, num_adapters: int) -> nn.Module:
+    """The model with that many adapters like the one that it has, called by their numbers."""
+    if isinstance(model, PeftModel):
+        for number in range(num_adapters):
+            model.add_adapter(str(number), copy.deepcopy(model.active_peft_config))
+    return model
 
 
 def _measure_round(
@@ -157,19 +193,30 @@ def _measure_round(
     labels: torch.Tensor,
     mode: Mode,
     num_virtual_tokens: int,
+    num_adapters: int,
 ) -> list[Measurement]:
     runs, forwards = {}, {}
+    if mode == "training":
+        models = {name: model for name, model in models.items() if not name.endswith(BAKED)}
+    measured: dict[str, nn.Module] = {}
     for name, model in models.items():
-        called = torch.compile(model) if args.compile else model
         model.train(mode == "training" and name not in IN_EVALUATION_MODE)
-        forwards[name] = _forward(called, images, labels, args, grad=mode == "training")
-        runs[name] = _step(model, forwards[name]) if mode == "training" else forwards[name]
+        called = DistributedDataParallel(model) if mode == "training" and distributed.is_initialized() else model
+        inputs = {"pixel_values": images, "labels": labels}
+        if num_adapters > 1 and name != FLOOR:
+            inputs["adapter_names"] = [str(number % num_adapters) for number in range(len(images))]
+        forms = {name: called} | ({name + COMPILED: torch.compile(called)} if args.compile else {})
+        for form, called in forms.items():
+            measured[form] = model
+            forwards[form] = _forward(called, inputs, args, grad=mode == "training")
+            runs[form] = _step(model, forwards[form]) if mode == "training" else forwards[form]
     seconds = interleaved_seconds(runs, args.repeats, device=args.device)
     floor = statistics.median(seconds[FLOOR])
     results = []
-    for name, model in models.items():
+    for name, model in measured.items():
         counts: dict[str, int | None] = {}
-        if args.count:
+        # Operations and memory of compiled code are not what modules do one after the other.
+        if args.count and not name.endswith(COMPILED):
             counts["flops"] = count_flops(runs[name])
             model.zero_grad()
             counts["saved_bytes"] = count_saved_bytes(forwards[name], model) if mode == "training" else None
@@ -178,18 +225,20 @@ def _measure_round(
         trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n)
         over_floor = statistics.median(seconds[name]) / floor
         results.append(
-            Measurement(name, mode, num_virtual_tokens, len(images), seconds[name], over_floor, trained, **counts)
+            Measurement(
+                name, mode, num_virtual_tokens, len(images), num_adapters, seconds[name], over_floor, trained, **counts
+            )
         )
     return results
 
 
 def _forward(
-    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, args: BenchmarkArguments, grad: bool
+    model: nn.Module, inputs: dict[str, Any], args: BenchmarkArguments, grad: bool
 ) -> Callable[[], torch.Tensor]:
     def run() -> torch.Tensor:
-        autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=args.dtype == "autocast")
+        autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "autocast")
         with torch.set_grad_enabled(grad), autocast:
-            return model(pixel_values=images, labels=labels).loss
+            return model(**inputs).loss
 
     return run
 

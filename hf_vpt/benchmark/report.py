@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from .measure import Measurement
 
 
+def _setting(result: Measurement) -> str:
+    adapters = f", {result.num_adapters} adapters in a batch" if result.num_adapters > 1 else ""
+    return f"{result.mode}, B = {result.batch_size}, N = {result.num_virtual_tokens}{adapters}"
+
+
 def to_markdown(results: Sequence[Measurement]) -> str:
     """One table for each mode, batch size and number of prompts."""
     tables = []
-    settings = dict.fromkeys((r.mode, r.batch_size, r.num_virtual_tokens) for r in results)
-    for mode, batch_size, number in settings:
-        rows = [r for r in results if (r.mode, r.batch_size, r.num_virtual_tokens) == (mode, batch_size, number)]
+    for setting in dict.fromkeys(map(_setting, results)):
+        rows = [result for result in results if _setting(result) == setting]
         floor = rows[0]
         counted = floor.flops is not None
         header = ["× floor", "seconds (quartiles)", "images/s", "tuned, without head"]
         header += ["× FLOPs", "× bytes kept", "× peak memory"] if counted else []
-        lines = [f"**{mode}, B = {batch_size}, N = {number}**\n", f"| | {' | '.join(header)} |"]
+        lines = [f"**{setting}**\n", f"| | {' | '.join(header)} |"]
         lines.append("|" + "---|" * (len(header) + 1))
         for row in rows:
             low, middle, high = statistics.quantiles(row.seconds, n=4) if len(row.seconds) > 1 else 3 * row.seconds

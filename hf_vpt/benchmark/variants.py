@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -24,6 +25,8 @@ from ..tuners.vpt import VPTConfig
 
 FLOOR = "frozen backbone, no prompts"
 CONCATENATED = ", concatenated"
+BAKED = ", baked"
+COMPILED = ", compiled"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,26 @@ def _adapter(make_config: Callable[[int], PeftConfig], insertion: str = "keys_va
     return build
 
 
+def _baked(make_config: Callable[[int], PeftConfig]) -> Callable[..., nn.Module]:
+    def build(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
+        return get_peft_model(base, make_config(num_virtual_tokens)).bake()
+
+    return build
+
+
+def _shallow_by_hand(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
+    """Prompts after the CLS token that all blocks take for tokens, in six lines and with nothing of PEFT's or ours."""
+
+    def insert(module: nn.Module, args: tuple[torch.Tensor, ...], tokens: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tokens[:, :1], base.prompts.expand(len(tokens), -1, -1), tokens[:, 1:]], dim=1)
+
+    like = base.vit.embeddings.cls_token
+    base.prompts = nn.Parameter(like.new_empty(1, num_virtual_tokens, like.shape[-1]).normal_(std=0.02))
+    base.vit.embeddings.register_forward_hook(insert)
+    _train_copy(base, _head(base))
+    return base.eval()
+
+
 def _floor(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
     _train_copy(base, [measured.trained, *_head(base)])
     # In evaluation mode: prompts turn a frozen backbone's dropout and stochastic depth off as well.
@@ -119,6 +142,8 @@ VARIANTS: dict[str, Callable[[PreTrainedModel, BenchmarkBackbone, int], nn.Modul
     **{name: _adapter(config) for name, config in CONFIGS.items()},
     "VPT-Shallow": _adapter(lambda n: VPTConfig(num_virtual_tokens=n, deep=False)),
     **{name + CONCATENATED: _adapter(config, "tokens") for name, config in CONFIGS.items()},
+    "VPT-Shallow" + CONCATENATED: _shallow_by_hand,
+    **{name + BAKED: _baked(config) for name, config in CONFIGS.items() if name != "VAPT"},
     "linear probe": _linear_probe,
     "LoRA, r = 8 on q and v": _lora,
     "full fine-tuning": _full,

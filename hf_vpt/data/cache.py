@@ -115,7 +115,7 @@ class ArrayCache:
         self._verified[row] = 1
 
 
-def fingerprint(*parts: Any) -> str:
+def make_key(*parts: Any) -> str:
     """Return 32 letters that stand for values which JSON can express; other values, other letters."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

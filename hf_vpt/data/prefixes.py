@@ -23,7 +23,7 @@ class PrefixImages(Dataset):
     Args:
         images: Images and their classes, in the columns that the transform of `pixels` reads.
         pixels: The same as examples with `pixel_values`, always the same ones for the same image, and `labels`.
-        key: Letters that stand for backbone, images and transform, as `hf_vpt.data.cache.fingerprint` makes them.
+        key: Letters that stand for backbone, images and transform, as `hf_vpt.data.cache.make_key` makes them.
         folder: Where caches lie, a file for each first block.
         dtype: Number format of the cached tokens.
         label_column: Column of the classes; may be absent.

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
 
 
-Augmentation = Literal["none", "affine", "crop_flip"]
+Augmentation = Literal["none", "affine", "crop_flip", "resize_crop_flip"]
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -59,8 +59,10 @@ class ImageTransform:
         processor: The image processor saved with the backbone.
         augmentation: What training images go through. `"none"`: nothing. `"crop_flip"`: a random crop of 8 to 100 %
             of the area, resized to the processor's output size, and a horizontal flip with probability 0.5, the
-            ImageNet recipe. `"affine"`: a rotation of up to 10 degrees, a shift of up to 10 % and a scale of 0.9 to
-            1.1, for images whose meaning a flip or a tight crop would change, such as digits.
+            ImageNet recipe. `"resize_crop_flip"`: the processor's own resizing, a random cut where the processor, as
+            it must, cuts out the centre, and the flip. `"affine"`: a rotation of up to 10 degrees, a shift of up to
+            10 % and a scale of 0.9 to 1.1, for images whose meaning a flip or a tight crop would change, such as
+            digits.
         image_column: Column of the images in a batch.
         label_column: Column of the classes in a batch; may be absent from it.
 
@@ -93,6 +95,9 @@ class ImageTransform:
             interpolation = v2.InterpolationMode[Image.Resampling(int(resample)).name]
             if augmentation == "crop_flip":
                 steps = [v2.RandomResizedCrop((height, width), interpolation=interpolation), v2.RandomHorizontalFlip()]
+            elif augmentation == "resize_crop_flip":
+                resize = v2.Resize(_size_before_crop(processor), interpolation=interpolation)
+                steps = [resize, v2.RandomCrop((height, width)), v2.RandomHorizontalFlip()]
             else:
                 bilinear = v2.InterpolationMode.BILINEAR  # of what affine maps know, the best for images
                 steps = [
@@ -151,6 +156,17 @@ def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
         f"{type(processor).__name__} has the size {dict(size)}. A size with height and width, or with shortest_edge, "
         "is needed for random crops: set `processor.size`, or use augmentation 'none'."
     )
+
+
+def _size_before_crop(processor: BaseImageProcessor) -> int | list[int]:
+    """Return the length of the shorter side, or height and width, that images have before their centre is cut out."""
+    if not getattr(processor, "do_center_crop", False):
+        raise ValueError(
+            f"{type(processor).__name__} cuts nothing out of an image. Augmentation 'resize_crop_flip' needs a "
+            "processor that cuts out the centre: set preprocessing published, or use augmentation 'crop_flip'."
+        )
+    size = processor.size
+    return size["shortest_edge"] if "shortest_edge" in size else [size["height"], size["width"]]
 
 
 def collate_images(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from .cache import ArrayCache, fingerprint
+from .cache import ArrayCache, make_key
 from .processing import ImageTransform
 
 
@@ -74,7 +74,7 @@ class ResizedImages:
         by = "processor" if transform.augment is None else repr(transform.augment.transforms[0])
         versions = [module.__version__ for module in (PIL, torchvision, transformers)]
         columns = [self._image_column, len(self.images)]
-        return fingerprint(self.images._fingerprint, type(processor).__name__, how, by, versions, columns)
+        return make_key(self.images._fingerprint, type(processor).__name__, how, by, versions, columns)
 
     @property
     def features(self) -> datasets.Features:

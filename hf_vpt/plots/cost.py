@@ -7,15 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ..benchmark import CONCATENATED, FLOOR, Measurement
+from ..benchmark import BAKED, COMPILED, CONCATENATED, FLOOR, Measurement
 from .figure import new_figure
 
 
-LABELS = {"num_virtual_tokens": "prompts in a block", "batch_size": "images in a batch"}
+LABELS = {
+    "num_virtual_tokens": "prompts in a block",
+    "batch_size": "images in a batch",
+    "num_adapters": "adapters in a batch",
+}
+LINES = {CONCATENATED: "--o", BAKED: ":o", COMPILED: "-.o"}
 
 
 def plot_cost(
-    results: Sequence[Measurement], over: Literal["num_virtual_tokens", "batch_size"], path: str | Path
+    results: Sequence[Measurement], over: Literal["num_virtual_tokens", "batch_size", "num_adapters"], path: str | Path
 ) -> None:
     """Draw seconds as a multiple of the floor's, one line for each variant, one panel for each mode.
 
@@ -25,21 +30,28 @@ def plot_cost(
         path: File to write, PNG, SVG or PDF by its ending.
     """
     names = [name for name in dict.fromkeys(r.variant for r in results) if name != FLOOR]
-    methods = list(dict.fromkeys(name.removesuffix(CONCATENATED) for name in names))
+    methods = list(dict.fromkeys(map(_method, names)))
     modes = list(dict.fromkeys(r.mode for r in results))
     figure, axes = new_figure(len(modes))
     for axis, mode in zip(axes, modes, strict=True):
         for name in names:
-            # A method and its concatenated form share a colour.
-            style = {"color": f"C{methods.index(name.removesuffix(CONCATENATED))}", "label": name, "markersize": 3}
+            # The forms of a method share a colour.
+            style = {"color": f"C{methods.index(_method(name))}", "label": name, "markersize": 3}
             points: dict[int, list[float]] = {}
             for row in results:
                 if (row.variant, row.mode) == (name, mode):
                     points.setdefault(getattr(row, over), []).append(row.over_floor)
             heights = [statistics.median(values) for values in points.values()]
-            axis.plot(list(points), heights, "--o" if name.endswith(CONCATENATED) else "-o", **style)
+            line = next((line for ending, line in LINES.items() if name.endswith(ending)), "-o")
+            axis.plot(list(points), heights, line, **style)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=mode, xlabel=LABELS[over], ylabel="seconds, × frozen backbone")
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path)
+
+
+def _method(name: str) -> str:
+    for ending in (COMPILED, *LINES):
+        name = name.removesuffix(ending)
+    return name

@@ -1,6 +1,7 @@
 """Training with Trainer and Accelerate: settings, models, metrics, and a whole run in one call."""
 
 from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from .comparison import check_comparable
 from .ema import ExponentialMovingAverage
 from .experiment import build_trainer, train_classifier
 from .metrics import Accuracy, ComputeMetrics, MeanClassAccuracy
@@ -34,6 +35,7 @@ __all__ = [
     "Settings",
     "TrainingArguments",
     "build_trainer",
+    "check_comparable",
     "count_trained_parameters",
     "load_classifier",
     "load_image_processor",

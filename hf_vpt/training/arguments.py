@@ -9,7 +9,9 @@ from typing import Literal, get_args
 import transformers
 
 from ..data.cache import CacheDtype
+from ..data.preprocessing import Preprocessing, check_preprocessing, choose_augmentation
 from ..data.processing import Augmentation
+from ..data.sources import resolve_variant
 from .ema import ExponentialMovingAverage
 
 
@@ -58,17 +60,24 @@ class DataArguments:
     """Which images are learned from, and how they are prepared; see `hf_vpt.data.load_image_dataset`.
 
     Args:
-        dataset_name: `"digits"`, a folder, or a data set id on the Hub.
+        dataset_name: `"digits"`, `"drawn/<task>"`, `"vtab/<task>"`, `"fgvc/<set>"`, a folder, a list of image files
+            (.csv, .tsv, .json, .jsonl), or a data set id on the Hub.
         dataset_config_name: Configuration of a data set that has several.
         dataset_revision: Branch, tag or commit of a data set on the Hub.
+        dataset_variant: Which copy of a benchmark, see `hf_vpt.data.sources`: `"zip"` or `"full"` for VTAB-1k, `"hub"`
+            or `"official"` for FGVC. It is written into the results, because scores on two variants do not compare.
+        dataset_dir: Folder or archive of a benchmark that is on the disk already.
         image_column: Column of the images. Default: found by its type.
         label_column: Column of the classes. Default: found by its type or name.
         validation_fraction: Share of the training images set aside for validation where no split is published.
         test_fraction: Share set aside for the test where no split is published.
-        split_seed: Decides which images are set aside; independent of `seed`, so that runs with different seeds share
-            their splits.
+        split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
+            runs with different seeds share their splits.
         augmentation: What training images go through: `"none"`, `"crop_flip"` for random crops and flips, or
             `"affine"` for small rotations, shifts and scales; see `hf_vpt.data.ImageTransform`.
+        preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for what published scores
+            on VTAB-1k and FGVC were measured with, random crops and flips of FGVC's training images included; see
+            `hf_vpt.data.preprocessing`.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
@@ -86,15 +95,23 @@ class DataArguments:
 
     _argument_group_name = "data"
 
-    dataset_name: str = field(default="digits", metadata={"help": "digits, a folder, or a data set id on the Hub."})
+    dataset_name: str = field(
+        default="digits",
+        metadata={"help": "digits, drawn/counting, vtab/<task>, fgvc/<set>, a folder, a list, or an id on the Hub."},
+    )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    dataset_variant: str | None = field(
+        default=None, metadata={"help": "Copy of a benchmark: zip, full, hub, official."}
+    )
+    dataset_dir: str | None = field(default=None, metadata={"help": "Folder or archive of a benchmark on the disk."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found if left out."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes; found if left out."})
     validation_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside for validation."})
     test_fraction: float = field(default=0.2, metadata={"help": "Share of train set aside if there is no test split."})
     split_seed: int = field(default=0, metadata={"help": "Decides which images are set aside."})
     augmentation: Augmentation = field(default="none", metadata={"help": "Random changes to training images."})
+    preprocessing: Preprocessing = field(default="processor", metadata={"help": "The backbone's own, or published."})
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
@@ -107,6 +124,8 @@ class DataArguments:
         for name in ("shuffle_buffer_size", "num_held_out"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}. It must be at least 1: correct it, or leave it out.")
+        resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
+        check_preprocessing(self.preprocessing, self.dataset_name, self.augmentation)
         if self.cache_dtype not in get_args(CacheDtype):
             raise ValueError(
                 f"cache_dtype is '{self.cache_dtype}'. It must be one of {list(get_args(CacheDtype))}: choose one."
@@ -121,9 +140,10 @@ class DataArguments:
             raise ValueError(
                 f"{name} and streaming are both set. A cache needs images that can be counted: leave one of them out."
             )
-        if self.augmentation not in augmentations:
+        augmentation = choose_augmentation(self.augmentation, self.preprocessing, self.dataset_name)
+        if augmentation not in augmentations:
             raise ValueError(
-                f"{name} is set with augmentation '{self.augmentation}', which makes another image of it each time. "
+                f"{name} is set with augmentation '{augmentation}', which makes another image of it each time. "
                 f"It needs augmentation {' or '.join(augmentations)}: choose that, or leave {name} out."
             )
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, enable_full_determinism, set_seed
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from ..data import collate_images, load_image_dataset
+from ..data.preprocessing import choose_processor
+from .comparison import describe_data
 from .identity import RunIdentity
 from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
@@ -52,8 +53,9 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
 
     Returns:
         What `metrics.json` holds: scores on both splits, the epoch and step they belong to, numbers of trained
-        parameters, seed, settings and versions. All of it is the same for a run that was interrupted and went on.
-        Epochs, and numbers of images that nobody has counted, are None where images are streamed.
+        parameters, seed, settings, variant and fingerprints of the data, and versions. All of it is the same for a run
+        that was interrupted and went on. Epochs, and numbers of images that nobody has counted, are None where images
+        are streamed.
     """
     trainer, data = build_trainer(settings)
     start = time.process_time()
@@ -71,9 +73,7 @@ def train_classifier(settings: Settings) -> dict[str, Any]:
         **count_trained_parameters(trainer.accelerator.unwrap_model(trainer.model)),
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
-        "dataset_name": settings.data.dataset_name,
-        "num_images": {split: len(images) if has_length(images) else None for split, images in data.items()},
-        "label_names": data["train"].features["label"].names,
+        **describe_data(settings.data, data),
         "seed": settings.training.seed,
         "num_train_epochs": None if is_stream else settings.training.num_train_epochs,
         "max_steps": trainer.state.max_steps,
@@ -121,6 +121,8 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
             data_args.dataset_name,
             config_name=data_args.dataset_config_name,
             revision=data_args.dataset_revision,
+            variant=data_args.dataset_variant,
+            data_dir=data_args.dataset_dir,
             image_column=data_args.image_column,
             label_column=data_args.label_column,
             validation_fraction=data_args.validation_fraction,
@@ -142,6 +144,7 @@ def build_trainer(settings: Settings) -> tuple[ImageClassificationTrainer, dict[
         # Pinned memory only speeds up copies to an accelerator, and PyTorch warns where there is none.
         training_args.dataloader_pin_memory = False
     processor = load_image_processor(model_args)
+    processor = choose_processor(processor, data_args.preprocessing, data_args.dataset_name)
     model = load_classifier(model_args, data["train"].features["label"].names)
     model = prepare_for_training(model, model_args.method, peft_config, model_args.model_revision)
 

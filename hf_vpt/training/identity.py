@@ -9,14 +9,17 @@ from transformers import TrainerCallback
 from .arguments import DataArguments, ModelArguments
 
 
-DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "image_column", "label_column")
+DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_variant")
+DATA_FIELDS += ("image_column", "label_column")
+PREPARATION_FIELDS = ("preprocessing",)
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
 
 
 class RunIdentity(TrainerCallback):
     """Lets a run go on from a checkpoint only with the method, the backbone and the division of data it began with.
 
-    With another division, images that were trained on could be among those that are tested on. Everything else, such
+    With another division, images that were trained on could be among those that are tested on, and scores of images
+    that are prepared in another way do not continue those before. Everything else, such
     as the learning rate or the number of epochs, may change.
 
     Args:
@@ -26,7 +29,7 @@ class RunIdentity(TrainerCallback):
 
     def __init__(self, model: ModelArguments, data: DataArguments):
         self.settings: dict[str, Any] = {name: getattr(model, name) for name in ("method", "model_name_or_path")}
-        self.settings |= {name: getattr(data, name) for name in (*DATA_FIELDS, *SPLIT_FIELDS)}
+        self.settings |= {name: getattr(data, name) for name in (*DATA_FIELDS, *PREPARATION_FIELDS, *SPLIT_FIELDS)}
 
     def state_dict(self) -> dict[str, Any]:
         return self.settings

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..data import AugmentedImages, ImageTransform, PrefixImages, ResizedImages, StreamedImages, collate_images
 from ..data.cache import cache_folder
+from ..data.preprocessing import choose_augmentation
 from ..tuners.provpt import PROVPTConfig
 from .arguments import DataArguments, TrainingArguments
 
@@ -35,12 +36,13 @@ def prepare_images(
 
     Args:
         splits: What `load_image_dataset` returns.
-        processor: The backbone's image processor.
+        processor: What `choose_processor` returns.
         data_args: Augmentation, shuffling and cache of images.
         training_args: The seed.
     """
     folder = cache_folder(data_args.cache_dir, "images")
-    plain, augmented = ImageTransform(processor), ImageTransform(processor, data_args.augmentation)
+    augmentation = choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name)
+    plain, augmented = ImageTransform(processor), ImageTransform(processor, augmentation)
     seed = training_args.seed
     prepared = {}
     for split, images in splits.items():
@@ -58,6 +60,13 @@ def prepare_images(
     return prepared
 
 
+def without_transforms(images: Any) -> Any:
+    """Return the images that a split of `prepare_images` reads, by way of a cache or not; of a stream the split."""
+    while isinstance(images, (AugmentedImages, PrefixImages, ResizedImages)):
+        images = images.images
+    return images
+
+
 def sample_batches(
     images: AugmentedImages | PrefixImages | StreamedImages,
     processor: BaseImageProcessor,
@@ -71,9 +80,7 @@ def sample_batches(
     if isinstance(images, StreamedImages):
         sample = StreamedImages(images.stream, plain)
     else:
-        while not isinstance(images, Dataset):
-            images = images.images
-        sample = images.shuffle(seed=training_args.seed).with_transform(plain)
+        sample = without_transforms(images).shuffle(seed=training_args.seed).with_transform(plain)
     yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 

@@ -12,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..data import collate_images
-from ..data.cache import cache_folder, fingerprint
+from ..data.cache import cache_folder, make_key
 from ..data.prefixes import PrefixImages
 from ..prefix import FrozenPrefix, first_block_with_prompts
 from .arguments import DataArguments
@@ -157,7 +157,7 @@ def cache_prefixes(
     key += [transformers.__version__, torch.__version__]
     folder = cache_folder(data_args.cache_dir, "prefixes")
     for split, images in originals.items():
-        own = fingerprint(*key, images._fingerprint, len(images))
+        own = make_key(*key, images._fingerprint, len(images))
         splits[split] = PrefixImages(images, splits[split], own, folder, getattr(torch, data_args.cache_dtype))
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits["validation"]
     trainer.add_callback(callback)

@@ -252,7 +252,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
             # What prompts become here is thrown away, unless it is part of the image's feature.
             num_queries = 0
             if batch.pooled is not None:
-                batch = batch.for_images(len(hidden_states))
+                batch = batch.for_images(hidden_states.shape[0])
                 num_queries = batch.prompts.shape[1]
         keys_values = self._keys_values(batch, hidden_states.dtype, num_queries)
         output = self._run(hidden_states, keys_values, args, kwargs)
@@ -270,7 +270,7 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         if self.index == 0:
             made = self._make(hidden_states, adapter_names, deep=False)
             self.carried = None
-            return None if made is None else made.for_images(len(hidden_states))
+            return None if made is None else made.for_images(hidden_states.shape[0])
         if self.first is None or self.first.carried is None:
             return None
         received, self.first.carried = self.first.carried, None
@@ -407,16 +407,15 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         return PromptKeysValues(key, value, bias, query)
 
     @torch.no_grad()
-    def bake(self) -> None:
-        """Leaves the keys and values of the active prompts on the attention module, which then needs no block of ours."""
+    def constant_keys_values(self) -> PromptKeysValues | None:
+        """The keys and values of active prompts that are the same for every image; None where there are none."""
         device, dtype = self._get_base_layer_device_and_dtype(self.base_layer)
         batch = self._make(torch.empty(1, 0, 0, device=device, dtype=dtype), None, deep=True)
-        if batch is not None:
-            self.access.bake(self.attention, self._keys_values(batch, dtype))
+        return None if batch is None else self._keys_values(batch, dtype)
 
     def _insert(self, tokens: torch.Tensor, batch: PromptBatch) -> torch.Tensor:
         """`(B, T, D)` to `(B, T + N, D)`, the prompts right after the prefix."""
-        prompts = batch.for_images(len(tokens)).prompts
+        prompts = batch.for_images(tokens.shape[0]).prompts
         start = self.backbone.num_prefix_tokens
         return torch.cat([tokens[:, :start], prompts, tokens[:, start:]], dim=1)
 
@@ -472,7 +471,7 @@ def _join_flags(left: torch.Tensor | None, right: torch.Tensor | None, widths: t
     known = [part for part in (left, right) if part is not None]
     if not known:
         return None
-    batch_size = max(len(part) for part in known)
+    batch_size = max(part.shape[0] for part in known)
     parts = [
         known[0].new_zeros(batch_size, width) if part is None else part.expand(batch_size, -1)
         for part, width in zip((left, right), widths, strict=True)

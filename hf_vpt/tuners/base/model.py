@@ -14,12 +14,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
+from ...attention import BakedKeysValues
 from ...backbones import Backbone, find_backbone
 from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_frozen_modules
 from .checkpoint import verify_tensors
 from .config import PromptConfig
-from .prompts import BlockLayout, Prompts
+from .prompts import BlockLayout, Prompts, StaticPrompts
 
 
 class EmbeddingsHook:
@@ -242,6 +244,11 @@ class PromptTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: PromptConfig, model: nn.Module) -> None:
         """Completes the config from the model. All checks stand here, before anything is changed."""
+        if any(isinstance(module, BakedKeysValues) for module in model.modules()):
+            raise ValueError(
+                "Found a model with baked prompts. New prompts need the backbone without them. Load the base model "
+                "again, and keep the baked one for inference."
+            )
         backbone = find_backbone(model)
         was_completed = peft_config.token_dim is not None
         depths = list(backbone.depths) if backbone.record.windows is not None else None
@@ -395,6 +402,40 @@ class PromptTuner(BaseTuner):
         self._remove_hooks(model)
         return model
 
+    def bake(self) -> nn.Module:
+        """Leaves the active adapters' prompts in the base model for good, and returns it without PEFT around it.
+
+        What a static deep prompt does to a block is two constants, W_k·norm(P) and W_v·norm(P) of shape `(N, D)`
+        each. They are computed once and become buffers of the block's attention; trained heads take the place of the
+        base model's. The result is an ordinary model for inference, in evaluation mode: it computes what the wrapped
+        one did, without its prompts' projections, and exports as it is. This tuner cannot be used afterwards.
+
+        Returns:
+            The base model.
+
+        Raises:
+            ValueError: The prompts are not constant (VAPT), flow on as tokens (shallow ones), or are part of the
+                image's feature (`pool_prompts`).
+
+        Example:
+            >>> baked = model.bake()
+            >>> torch.export.save(torch.export.export(baked, (pixel_values,)), "classifier.pt2")
+        """
+        for block in self.prompted_blocks():
+            for prompts in block.used_prompts():
+                _check_constant(prompts)
+        self.eval()
+        # Before the blocks go, which know the norm and the projections; after they have closed the attention modules.
+        baked = [(block.access, block.attention, block.constant_keys_values()) for block in self.prompted_blocks()]
+        model = super().unload().eval()
+        self._remove_hooks(model)
+        for access, attention, keys_values in baked:
+            if keys_values is not None:
+                access.bake(attention, keys_values)
+        if isinstance(model, PreTrainedModel):
+            model.save_pretrained = refuse_to_save
+        return model
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
         remaining = sorted(self.peft_config.keys() - {adapter_name})
@@ -491,6 +532,31 @@ class PromptTuner(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _check_constant(prompts: Prompts) -> None:
+    """Raises `ValueError` if prompts cannot become constant keys and values."""
+    if not isinstance(prompts, StaticPrompts):
+        found, instead = "prompts that depend on the image", "export the wrapped model as it is"
+    elif not prompts.deep:
+        found, instead = "shallow prompts, which go from block to block as tokens", "export the wrapped model as it is"
+    elif prompts.pooled:
+        found, instead = "pool_prompts, which needs what prompts become", "train an adapter without it"
+    else:
+        return
+    raise ValueError(
+        f"Found {found}, in a request to bake them. Only deep prompts that are the same for every image are constant "
+        f"keys and values. Use `eval()` and the model with its adapter, or {instead}."
+    )
+
+
+def refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    """Stands in for `save_pretrained` of a baked model, which `from_pretrained` would load without its prompts."""
+    raise NotImplementedError(
+        "Found a request to save a model with baked prompts. To load such a checkpoint, Transformers would need a "
+        "class that knows of them. Save the adapter before it is baked, or export the model with "
+        "`torch.export` or to ONNX."
+    )
 
 
 def _pass_adapter_names(

@@ -59,7 +59,8 @@ class GridPooling(nn.Module):
             maps = weight.unflatten(1, self.pooled_grid)[:, None]
             # The transpose of a convolution: what each patch adds to each of the N positions.
             weight = nn.functional.conv_transpose2d(maps, self.kernel, padding=self.padding).flatten(1)
-        pooled = weight @ patches
+        # Not `weight @ patches`, for which PyTorch would copy all patches, channels first.
+        pooled = torch.bmm(weight.expand(patches.shape[0], -1, -1), patches)
         if self.training and self.dropout.p > 0:
             channels = pooled.new_ones(pooled.shape[0], pooled.shape[2], 1, 1)
             pooled = pooled * self.dropout(channels).flatten(2).mT

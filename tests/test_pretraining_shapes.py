@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_vpt.data.drawn import POINTS, DrawnClasses, fit_to_square
+from hf_vpt.data.pretraining_shapes import POINTS, DrawnClasses, fit_to_square
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,87 @@
+"""Which columns of a data set hold images and classes, and classes brought to numbers from 0 on."""
+
+from __future__ import annotations
+
+import datasets
+from datasets import ClassLabel, DatasetDict, Image, IterableDatasetDict, Value
+
+
+# Tried, in this order, where no column or more than one could hold the labels by its type alone.
+LABEL_COLUMN_NAMES = ("label", "labels", "class", "target", "cls")
+
+
+def select_image_and_label(
+    splits: DatasetDict | IterableDatasetDict, image_column: str | None, label_column: str | None, name: str
+) -> DatasetDict | IterableDatasetDict:
+    """Keep the columns of images and classes alone, under the names image and label.
+
+    Raises:
+        ValueError: A column does not exist or cannot be found, or a stream does not know its columns.
+    """
+    features = splits["train"].features
+    if features is None:
+        raise ValueError(
+            f"Data set '{name}' does not say which columns it streams. Types of columns and names of classes are "
+            "needed before the first image is read: save it as parquet with `datasets`, or leave streaming out."
+        )
+    image_column = image_column or find_image_column(features, name)
+    label_column = label_column or find_label_column(features, image_column, name)
+    for column in (image_column, label_column):
+        if column not in features:
+            raise ValueError(
+                f"Data set '{name}' has no column '{column}'; it has {describe(features)}. Both image_column and "
+                "label_column must name existing columns: correct the name, or leave it out to have it found."
+            )
+    names = {old: new for old, new in ((image_column, "image"), (label_column, "label")) if old != new}
+    return type(splits)(
+        {
+            split: data.select_columns([image_column, label_column]).rename_columns(names)
+            for split, data in splits.items()
+        }
+    )
+
+
+def describe(features: datasets.Features) -> str:
+    return ", ".join(f"'{column}' ({type(feature).__name__})" for column, feature in features.items())
+
+
+def find_image_column(features: datasets.Features, name: str) -> str:
+    candidates = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"Data set '{name}' has {len(candidates)} columns of type Image among {describe(features)}. One column of "
+        "images is needed: name it with image_column."
+    )
+
+
+def find_label_column(features: datasets.Features, image_column: str, name: str) -> str:
+    by_type = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not by_type:
+        scalars = ("string", "large_string", "bool")
+        by_type = [
+            column
+            for column, feature in features.items()
+            if column != image_column
+            and isinstance(feature, Value)
+            and (feature.dtype in scalars or "int" in feature.dtype)
+        ]
+    if len(by_type) == 1:
+        return by_type[0]
+    by_name = [column for column in LABEL_COLUMN_NAMES if column in by_type]
+    if len(by_name) == 1:
+        return by_name[0]
+    raise ValueError(
+        f"Data set '{name}' has {len(by_type)} columns that could hold the classes ({by_type}) among "
+        f"{describe(features)}. One column is needed: name it with label_column."
+    )
+
+
+def encode_labels(splits: DatasetDict) -> DatasetDict:
+    """Turn strings, integers and booleans into class labels, with the same numbers in every split."""
+    if isinstance(splits["train"].features["label"], ClassLabel):
+        return splits
+    values = {value for data in splits.values() for value in data.unique("label")}
+    # Integers are sorted as numbers: as text, class 10 would stand before class 2.
+    names = [str(value) for value in sorted(values)]
+    return splits.cast_column("label", Value("string")).cast_column("label", ClassLabel(names=names))

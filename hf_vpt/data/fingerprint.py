@@ -1,0 +1,68 @@
+"""A short name for the images of a split, by which two results can be told to be on the same data or not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+
+def fingerprint_splits(splits: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the fingerprint of every split; None for those that are streamed, which nobody has read to their end."""
+    return {split: fingerprint(data) if isinstance(data, Dataset) else None for split, data in splits.items()}
+
+
+def fingerprint(data: Dataset) -> str:
+    """Return 16 hexadecimal digits that depend on the images and classes of a split, but not on their order.
+
+    An image counts by the name of its file and folder, the size of the file in bytes, and the name of its class; one
+    without a file name by its contents. So no image is decoded, files are not opened, and where a data set lies on the
+    disk makes no difference. Copies whose files were encoded anew differ.
+
+    Args:
+        data: With the columns `image` and `label` of `load_image_dataset`.
+    """
+    names = data.features["label"].names
+    # Hashes are summed up, which no order changes. Sixteen bytes each: equal sums by chance are out of question.
+    total = 0
+    for words in _describe_rows(data, names):
+        total += int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
+    return hashlib.blake2b(f"{len(data)} {total}".encode(), digest_size=8).hexdigest()
+
+
+def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
+    table = data.data
+    images, labels = table.column("image"), table.column("label")
+    # The table has all rows, of which a data set that was selected from or shuffled shows some.
+    rows = np.arange(len(labels)) if data._indices is None else data._indices.column(0).to_numpy()
+    paths = _as_array(pc.struct_field(images, "path"))
+    contents = pc.struct_field(images, "bytes")
+    sizes = _as_array(pc.binary_length(contents)).to_pylist()
+    labels = _as_array(labels).to_pylist()
+    for row in map(int, rows):
+        path, size, label = paths[row].as_py(), sizes[row], labels[row]
+        if path:
+            # Windows' paths have other slashes.
+            where = "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
+            size = _file_size(path) if size is None else size
+            words = f"{where}\0{size}".encode()
+        else:
+            words = contents[row].as_py()
+        yield words + b"\0" + (names[label] if label is not None and label >= 0 else "").encode()
+
+
+def _as_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _file_size(path: str) -> int | None:
+    try:
+        return Path(path).stat().st_size
+    except OSError:  # on the Hub, or gone
+        return None

@@ -1,0 +1,67 @@
+"""What a result says about its data, and whether results may stand beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.trainer_utils import has_length
+
+from ..data.fingerprint import fingerprint_splits
+from ..data.preprocessing import choose_augmentation
+from ..data.sources import resolve_variant
+from .arguments import DataArguments
+from .images import without_transforms
+
+
+# Scores on one data set that differ in one of these say nothing about methods.
+COMPARED_FIELDS = ("dataset_variant", "dataset_fingerprint", "preprocessing")
+
+
+def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `metrics.json` holds on the data: name, variant, fingerprint of each split, numbers, preprocessing.
+
+    Args:
+        data_args: Which data were asked for.
+        data: The splits that `build_trainer` returns.
+    """
+    images = {split: without_transforms(part) for split, part in data.items()}
+    return {
+        "dataset_name": data_args.dataset_name,
+        "dataset_variant": resolve_variant(data_args.dataset_name, data_args.dataset_variant, data_args.dataset_dir),
+        "dataset_fingerprint": fingerprint_splits(images),
+        "preprocessing": data_args.preprocessing,
+        "augmentation": choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name),
+        "num_images": {split: len(part) if has_length(part) else None for split, part in data.items()},
+        "label_names": data["train"].features["label"].names,
+    }
+
+
+def check_comparable(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse to compare results that are on one data set by name, but not on the same images, prepared the same way.
+
+    Args:
+        results: What `metrics.json` holds, for each run under a name by which its reader knows it.
+
+    Raises:
+        ValueError: Two results differ in variant, fingerprint or preprocessing of a data set.
+    """
+    first: dict[str, str] = {}
+    for run, result in results.items():
+        data_set = result["dataset_name"]
+        other = first.setdefault(data_set, run)
+        for field in COMPARED_FIELDS:
+            found, expected = result.get(field), results[other].get(field)
+            if found != expected:
+                raise ValueError(
+                    f"Found results on '{data_set}' with {field} {_shorten(expected, found)} ('{other}') and "
+                    f"{_shorten(found, expected)} ('{run}'). Results in one table must be on the same images, "
+                    "prepared the same way: run one of them again with the settings of the other, or print two tables."
+                )
+
+
+def _shorten(value: Any, other: Any) -> Any:
+    """Leave out of a dictionary what another one has as well."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return {key: item for key, item in value.items() if other.get(key) != item}
+    return "unknown" if value is None and other is not None else value
