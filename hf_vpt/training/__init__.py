@@ -13,6 +13,7 @@ from .models import (
     prepare_for_training,
 )
 from .parsing import Settings, parse_arguments
+from .prefix import PrefixCaching
 from .relocation import RelocationCallback
 from .trainer import ClassificationLoss, ImageClassificationTrainer
 from .trouble import PlateauWarning
@@ -29,6 +30,7 @@ __all__ = [
     "MeanClassAccuracy",
     "ModelArguments",
     "PlateauWarning",
+    "PrefixCaching",
     "RelocationCallback",
     "Settings",
     "TrainingArguments",
