@@ -63,7 +63,8 @@ def prepare_images(
 def layers_of(images: Any) -> Iterator[Any]:
     """Go from what a data loader reads to the data set below it, through all that is wrapped around it."""
     yield images
-    while (images := getattr(images, "images", None)) is not None:
+    # Beside its images, a cache of prefixes holds the way to their pixels, around which there may be more.
+    while (images := getattr(images, "pixels", getattr(images, "images", None))) is not None:
         yield images
 
 
