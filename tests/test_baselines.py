@@ -114,3 +114,10 @@ def test_what_a_run_saves_predicts_what_it_scored(options, tmp_path, method):
     with torch.no_grad():
         right = model.eval()(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
     assert right.float().mean().item() == pytest.approx(results["test_accuracy"], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["bias", "lora"])
+def test_what_changes_every_block_goes_with_no_cache_of_the_first_ones(options, method):
+    settings = parse_arguments(["--method", method, *options, "--cache_prefix"])
+    with pytest.raises(ValueError, match=f"cache_prefix and method '{method}', which changes every block"):
+        train_classifier(settings)

@@ -263,12 +263,17 @@ def options(tmp_path):
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_run_stops_at_a_broken_image_of_any_split_or_counts_it(options, tmp_path, split):
+@pytest.mark.parametrize("caches", ["", "--cache_images", "--cache_images --method linear_probe --cache_prefix"])
+def test_a_run_stops_at_a_broken_image_of_any_split_or_counts_it(options, tmp_path, split, caches):
     name = str(tmp_path / "images")
     images = load_image_dataset(name)[split].cast_column("image", ImageFeature(decode=False))
     path = images[2]["image"]["path"]
     with open(path, "wb") as file:
         file.write(b"broken")
+    if caches:
+        options = [*options, *caches.split(), "--cache_dir", str(tmp_path / "cache")]
+        if "probe" in caches:
+            options = [option for option in options if option not in ("--num_virtual_tokens", "2")]
     with pytest.raises(BrokenImageError, match=rf"Image 2 \('{path}'\) cannot be read"):
         train_classifier(parse_arguments(options))
     results = train_classifier(parse_arguments([*options, "--broken_images", "skip"]))

@@ -3,7 +3,9 @@
 from .augmented import AugmentedImages
 from .datasets import load_image_dataset
 from .decoding import BrokenImageError, convert_to_rgb, decode_to_rgb
+from .prefixes import PrefixImages
 from .processing import ImageTransform, collate_images
+from .resized import ResizedImages
 from .streams import StreamedImages
 
 
@@ -11,6 +13,8 @@ __all__ = [
     "AugmentedImages",
     "BrokenImageError",
     "ImageTransform",
+    "PrefixImages",
+    "ResizedImages",
     "StreamedImages",
     "collate_images",
     "convert_to_rgb",

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from .decoding import BrokenImages, check_broken_images, drop_broken, undecoded
 from .processing import ImageTransform
@@ -29,6 +29,24 @@ class SharedCounter:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._value.share_memory_()  # plain pickling copies it out of shared memory; data loaders keep it there
+
+
+class SharedTally:
+    """A number that data loader workers add to, each in a place of its own, so that no addition is lost."""
+
+    def __init__(self):
+        self._parts = torch.zeros(256, dtype=torch.int64).share_memory_()
+
+    def add(self, number: int) -> None:
+        worker = get_worker_info()
+        self._parts[0 if worker is None else worker.id % len(self._parts)] += number
+
+    def get(self) -> int:
+        return int(self._parts.sum())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._parts.share_memory_()
 
 
 def draw_seed(*numbers: int) -> int:

@@ -78,9 +78,10 @@ def decode_to_rgb(image: Image.Image | Mapping[str, Any] | str, position: int | 
     except errors as error:
         number = "An image" if position is None else f"Image {position}"
         name = f" ('{path}')" if path else ""
+        reason = str(error).rstrip(".") or type(error).__name__
         raise BrokenImageError(
-            f"{number}{name} cannot be read: {error} Training needs every image: replace or remove the file, or pass "
-            "--broken_images skip, which leaves broken images out and counts them.",
+            f"{number}{name} cannot be read: {reason}. Training needs every image: replace or remove the file, or "
+            "pass --broken_images skip, which leaves broken images out and counts them.",
             path,
             position,
         ) from error

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from .augmented import SharedCounter, draw_seed
+from .augmented import SharedCounter, SharedTally, draw_seed
 from .decoding import BrokenImages, check_broken_images, readable
 from .processing import ImageTransform
 
@@ -69,7 +69,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.repeat = repeat
         self.broken_images = broken_images
         self._epoch = SharedCounter()
-        self._num_broken = SharedCounter()
+        self._num_broken = SharedTally()
 
     @property
     def features(self) -> Features:
@@ -114,7 +114,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     ) -> tuple[dict[str, list[Any]], list[int]]:
         images = readable(columns[self.transform.image_column])
         kept = [index for index, image in enumerate(images) if image is not None]
-        self._num_broken.set(self._num_broken.get() + len(images) - len(kept))
+        self._num_broken.add(len(images) - len(kept))
         columns = {name: [values[index] for index in kept] for name, values in columns.items()}
         return columns | {self.transform.image_column: [images[i] for i in kept]}, [seeds[i] for i in kept]
 

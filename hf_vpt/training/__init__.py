@@ -13,6 +13,7 @@ from .models import (
     prepare_for_training,
 )
 from .parsing import Settings, parse_arguments
+from .prefix import PrefixCaching
 from .relocation import RelocationCallback
 from .shared import SharedLoader
 from .trainer import ClassificationLoss, ImageClassificationTrainer
@@ -30,6 +31,7 @@ __all__ = [
     "MeanClassAccuracy",
     "ModelArguments",
     "PlateauWarning",
+    "PrefixCaching",
     "RelocationCallback",
     "Settings",
     "SharedLoader",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import transformers
 
+from ..data.cache import CacheDtype
 from ..data.decoding import BrokenImages, check_broken_images
-from ..data.preprocessing import Preprocessing, check_preprocessing
+from ..data.preprocessing import Preprocessing, check_preprocessing, choose_augmentation
 from ..data.processing import Augmentation
 from ..data.sources import resolve_variant
 from .ema import ExponentialMovingAverage
@@ -88,6 +89,15 @@ class DataArguments:
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.
         num_held_out: Images that become the validation or test split where a stream publishes none.
+        cache_images: Keep images decoded and resized on the disk, 8 bits a number (150 KB for 224 × 224 pixels), from
+            the first epoch on; see `hf_vpt.data.ResizedImages`. Not with `"crop_flip"`, which resizes at random.
+        cache_prefix: Run the frozen blocks before the first one with prompts once for each image, keep what they make
+            of it on the disk (600 KB in ViT-B/16 at 224 pixels), and start there in every epoch; see
+            `hf_vpt.training.PrefixCaching`. For prompts in later blocks (`layers_to_transform`), or a linear probe,
+            without augmentation.
+        cache_dtype: Number format of these; results with `"float32"` are those without a cache.
+        cache_dir: Folder of both caches; it may be deleted whenever nothing trains. Default: `hf_vpt` in Hugging
+            Face's own (`HF_HOME`).
     """
 
     _argument_group_name = "data"
@@ -116,6 +126,10 @@ class DataArguments:
     streaming: bool = field(default=False, metadata={"help": "Read images when needed; the run needs max_steps."})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled at once."})
     num_held_out: int = field(default=1000, metadata={"help": "Images for a split that a stream does not publish."})
+    cache_images: bool = field(default=False, metadata={"help": "Keep decoded and resized images on the disk."})
+    cache_prefix: bool = field(default=False, metadata={"help": "Keep the inputs of the first block with prompts."})
+    cache_dtype: CacheDtype = field(default="float32", metadata={"help": "Number format of cache_prefix."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder of the caches."})
 
     def __post_init__(self):
         for name in ("shuffle_buffer_size", "num_held_out", "images_per_class", "validation_images_per_class"):
@@ -124,6 +138,26 @@ class DataArguments:
         resolve_variant(self.dataset_name, self.dataset_variant, self.dataset_dir)
         check_broken_images(self.broken_images)
         check_preprocessing(self.preprocessing, self.dataset_name, self.augmentation)
+        if self.cache_dtype not in get_args(CacheDtype):
+            raise ValueError(
+                f"cache_dtype is '{self.cache_dtype}'. It must be one of {list(get_args(CacheDtype))}: choose one."
+            )
+        if self.cache_images:
+            self._check_cache("cache_images", ("none", "affine"))
+        if self.cache_prefix:
+            self._check_cache("cache_prefix", ("none",))
+
+    def _check_cache(self, name: str, augmentations: tuple[str, ...]) -> None:
+        if self.streaming:
+            raise ValueError(
+                f"{name} and streaming are both set. A cache needs images that can be counted: leave one of them out."
+            )
+        augmentation = choose_augmentation(self.augmentation, self.preprocessing, self.dataset_name)
+        if augmentation not in augmentations:
+            raise ValueError(
+                f"{name} is set with augmentation '{augmentation}', which makes another image of it each time. "
+                f"It needs augmentation {' or '.join(augmentations)}: choose that, or leave {name} out."
+            )
 
 
 @dataclass

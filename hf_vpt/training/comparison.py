@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from transformers.trainer_utils import has_length
@@ -11,6 +11,7 @@ from ..data.fingerprint import fingerprint_splits
 from ..data.preprocessing import choose_augmentation
 from ..data.sources import resolve_variant
 from .arguments import DataArguments
+from .images import layers_of
 
 
 # Scores on one data set that differ in one of these say nothing about methods.
@@ -24,7 +25,7 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
         data_args: Which data were asked for.
         data: The splits that `build_trainer` returns.
     """
-    layers = {split: list(_layers(part)) for split, part in data.items()}
+    layers = {split: list(layers_of(part)) for split, part in data.items()}
     num_broken = {split: sum(getattr(layer, "num_broken", 0) for layer in parts) for split, parts in layers.items()}
     return {
         "dataset_name": data_args.dataset_name,
@@ -61,13 +62,6 @@ def check_comparable(results: Mapping[str, Mapping[str, Any]]) -> None:
                     f"{_shorten(found, expected)} ('{run}'). Results in one table must be on the same images, "
                     "prepared the same way: run one of them again with the settings of the other, or print two tables."
                 )
-
-
-def _layers(images: Any) -> Iterator[Any]:
-    """Go from what a data loader reads to the data set below it, through all that is wrapped around it."""
-    yield images
-    while (images := getattr(images, "images", None)) is not None:
-        yield images
 
 
 def _shorten(value: Any, other: Any) -> Any:

@@ -23,6 +23,7 @@ from .images import count_in_steps, prepare_images, sample_batches
 from .metrics import ComputeMetrics
 from .models import count_trained_parameters, load_classifier, load_image_processor, prepare_for_training
 from .parsing import Settings
+from .prefix import cache_prefixes, check_prefix_caching
 from .record import describe_settings
 from .relocation import RelocationCallback
 from .sharding import gathered
@@ -123,6 +124,7 @@ def build_trainer(
     load_images = load_image_dataset if shared is None else shared.load_image_dataset
     load_model = load_classifier if shared is None else shared.load_classifier
     model_args, data_args, training_args, peft_config = settings
+    check_prefix_caching(settings)
     if data_args.streaming:
         count_in_steps(training_args, peft_config)
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -195,6 +197,8 @@ def build_trainer(
             "change. PRO-VPT needs one process, DDP or FSDP2. Launch it with configs/accelerate/ddp.yaml or "
             "configs/accelerate/fsdp2.yaml."
         )
+    if data_args.cache_prefix:
+        cache_prefixes(data, trainer, data_args)  # after relocation, which decides on the first block
     # After the trainer has moved the model to its device.
     if isinstance(peft_config, PromptConfig):
         with gathered(model):

@@ -13,7 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
-from ..data import AugmentedImages, ImageTransform, StreamedImages, collate_images
+from ..data import AugmentedImages, ImageTransform, PrefixImages, ResizedImages, StreamedImages, collate_images
+from ..data.cache import cache_folder
 from ..data.preprocessing import choose_augmentation
 from ..tuners.provpt import PROVPTConfig
 from .arguments import DataArguments, TrainingArguments
@@ -36,9 +37,10 @@ def prepare_images(
     Args:
         splits: What `load_image_dataset` returns.
         processor: What `choose_processor` returns.
-        data_args: Augmentation, shuffling, and what happens to broken images.
+        data_args: Augmentation, shuffling, cache of images, and what happens to broken ones.
         training_args: The seed.
     """
+    folder = cache_folder(data_args.cache_dir, "images")
     augmentation = choose_augmentation(data_args.augmentation, data_args.preprocessing, data_args.dataset_name)
     plain, augmented = ImageTransform(processor), ImageTransform(processor, augmentation)
     seed, broken = training_args.seed, data_args.broken_images
@@ -50,12 +52,31 @@ def prepare_images(
         elif isinstance(images, IterableDataset):
             prepared[split] = StreamedImages(images, plain, broken_images=broken)
         else:
-            prepared[split] = AugmentedImages(images, augmented if split == "train" else plain, seed, broken)
+            transform = augmented if split == "train" else plain
+            prepared[split] = AugmentedImages(images, transform, seed, broken)
+            if data_args.cache_images:
+                resized = ResizedImages(prepared[split].images, transform, folder, prepared[split].num_broken)
+                prepared[split] = AugmentedImages(resized, resized.finish, seed)
     return prepared
 
 
+def layers_of(images: Any) -> Iterator[Any]:
+    """Go from what a data loader reads to the data set below it, through all that is wrapped around it."""
+    yield images
+    # Beside its images, a cache of prefixes holds the way to their pixels, around which there may be more.
+    while (images := getattr(images, "pixels", getattr(images, "images", None))) is not None:
+        yield images
+
+
+def without_transforms(images: Any) -> Any:
+    """Return the data set that a split of `prepare_images` reads, by way of a cache or not; of a stream the split."""
+    return list(layers_of(images))[-1]
+
+
 def sample_batches(
-    images: AugmentedImages | StreamedImages, processor: BaseImageProcessor, training_args: TrainingArguments
+    images: AugmentedImages | PrefixImages | StreamedImages,
+    processor: BaseImageProcessor,
+    training_args: TrainingArguments,
 ) -> Iterator[dict[str, Any]]:
     """Go through training images without augmentation in a seeded order, the same one in every process.
 
@@ -65,7 +86,7 @@ def sample_batches(
     if isinstance(images, StreamedImages):
         sample = StreamedImages(images.stream, plain, broken_images=images.broken_images)
     else:
-        sample = images.images.shuffle(seed=training_args.seed).with_transform(plain)
+        sample = without_transforms(images).shuffle(seed=training_args.seed).with_transform(plain)
     yield from DataLoader(sample, batch_size=training_args.per_device_eval_batch_size, collate_fn=collate_images)
 
 

@@ -84,7 +84,8 @@ class ImageClassificationTrainer(transformers.Trainer):
     checkpoints of whole models are restored completely; checkpoints hold the state of callbacks that have a
     `state_dict`, and say when they are whole, and only whole ones are gone on from; a data set with `set_epoch` is
     always told the epoch; callbacks with `on_backward(loss, num_images)` are told of backward passes, those with
-    `close()` that training has ended, however it did; and FSDP2 shares the backbone out by `hf_vpt.training.sharding`.
+    `on_evaluation_begin(dataset)` of evaluations, those with `close()` that training has ended, however it did; and
+    FSDP2 shares the backbone out by `hf_vpt.training.sharding`.
 
     Args:
         model: A model from `prepare_for_training`.
@@ -175,6 +176,9 @@ class ImageClassificationTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "on_evaluation_begin"):
+                callback.on_evaluation_begin(dataloader.dataset)
         settings = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
         output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **settings)
         if self.ema is not None and self.ema.averages is not None:

@@ -1,9 +1,9 @@
 """How many coloured objects there are, from 1 to 8: eight classes, as in the counting task that VTAB makes of CLEVR.
 
-Neither area nor brightness alone gives the number away: the objects of an image share an area that is drawn without
-regard to how many they are, background and colours vary in brightness, and up to four dark grey objects of the same
-shapes, which do not count, lie among them. Size does tell something, since fewer objects are larger ones: a
-random forest that is given nothing but the area of the largest one names the number in 43 % of the test images.
+As in CLEVR, the size of an object does not depend on how many there are, so that all of them together tell something:
+a random forest that is given nothing but the area of all coloured pixels names the number in half of the test images,
+and one that is given mean and contrast of the brightness in a third. Background and colours vary, and up to four dark
+grey objects of the same shapes, which do not count, lie among them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ COUNTS = tuple(range(1, 9))
 SHAPES = ("disc", "square", "ellipse", "heart")
 # Which of red, green and blue an object has in full; of the others it has a quarter.
 HUES = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
-AREA = (240, 480)  # pixels, of all coloured objects together
-WEIGHT = (2, 5)  # share of one object in that area, relative to the others
+AREA = (30, 150)  # pixels, of one coloured object
 GREY_AREA = (20, 90)  # pixels, of one grey object
 MAX_GREY = 4
 BACKGROUND, GREY, COLOUR = (0, 30), (50, 75), (150, 255)  # brightness of 255
@@ -65,9 +64,7 @@ def draw_counting(integers: Integers, label: int, count: int) -> np.ndarray:
 
 def _scene(integers: Integers, image: int, num_coloured: int, num_grey: int) -> Sprites:
     total = num_coloured + num_grey
-    weight = integers.between(*WEIGHT, num_coloured)
-    coloured_area = integers.between(*AREA, 1) * PIXEL**2 * weight // weight.sum()
-    area = np.concatenate([coloured_area, integers.between(*GREY_AREA, num_grey) * PIXEL**2])
+    area = np.concatenate([integers.between(*AREA, num_coloured), integers.between(*GREY_AREA, num_grey)]) * PIXEL**2
     side = np.array([math.isqrt(value) for value in area.tolist()])
     shape, angle = integers.below(len(SHAPES), total), integers.below(ANGLES, total)
     full = integers.between(*COLOUR, num_coloured)[:, None]
