@@ -180,10 +180,12 @@ class ImageClassificationTrainer(transformers.Trainer):
             if hasattr(callback, "on_evaluation_begin"):
                 callback.on_evaluation_begin(dataloader.dataset)
         settings = {"prediction_loss_only": prediction_loss_only, "ignore_keys": ignore_keys}
-        output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **settings)
+        # A data loader draws a seed whenever it starts. What trains must not depend on whether it is evaluated: a run
+        # that goes on from a checkpoint does not repeat the evaluation that came after it.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(dataloader, description, metric_key_prefix=metric_key_prefix, **settings)
         if self.ema is not None and self.ema.averages is not None:
             prefix = f"{metric_key_prefix}_ema"
-            # A data loader draws a seed whenever it starts; what trains must not depend on whether it is averaged.
             with torch.random.fork_rng(devices=[]), self.ema.averaged(self.accelerator.unwrap_model(self.model)):
                 averaged = super().evaluation_loop(dataloader, description, metric_key_prefix=prefix, **settings)
             averaged.metrics.pop(f"{prefix}_model_preparation_time", None)
