@@ -4,7 +4,7 @@ The published protocol of VPT and its successors: every point of a grid is train
 validation split; the best one is trained anew on both together, once for each final seed, and tested once each.
 
     python scripts/sweep.py --config configs/vpt/published.yaml --dataset_name vtab/cifar100 \\
-        --output_dir outputs/sweep/vpt/cifar100
+        --preprocessing published --output_dir outputs/sweep/vpt/cifar100
 
 tries the published 10 × 4 grid. All settings of scripts/train.py are settings here, and any of them can be an axis:
 
