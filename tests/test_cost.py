@@ -1,6 +1,7 @@
 """What prompts may cost, counted and not timed: nobody brings the prompt tokens' queries and MLP back by accident."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_concatenated_prompts_keep_far_more():
     bare = count_saved_bytes(forward(reference := floor()), reference)
     more = count_saved_bytes(forward(model), model) - bare
     assert count_saved_bytes(forward(tokens), tokens) - bare > 4 * more
+
+
+def test_what_was_counted_is_given_back():
+    alive = []
+
+    def run():
+        output = torch.ones(3, requires_grad=True).exp()  # which keeps its own output
+        alive.append(weakref.ref(output))
+        return output.sum()
+
+    assert count_saved_bytes(run, nn.Identity()) == 3 * ELEMENT
+    assert alive[0]() is None
 
 
 def test_peak_memory_sees_what_was_allocated_and_given_back():

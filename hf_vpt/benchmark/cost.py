@@ -53,7 +53,8 @@ def count_saved_bytes(run: Callable[[], Any], model: torch.nn.Module) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # Without its graph: an operation that kept its own output this way would keep itself alive for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()  # alive until here, so that no address is given away twice
