@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt.benchmark import (
@@ -101,6 +102,33 @@ def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert not own & frozen, name
         assert name == "full fine-tuning" or {id(p) for p in model.parameters()} & frozen, name
+
+
+def test_every_variant_through_which_gradients_flow_computes_activations_a_second_time_where_that_is_asked_for():
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    kept, anew = (
+        {row.variant: row for row in run_benchmark(BenchmarkArguments(count=True, gradient_checkpointing=on, **sizes))}
+        for on in (False, True)
+    )
+    for name in kept.keys() - {"linear probe"}:
+        assert anew[name].flops > kept[name].flops, name
+        assert anew[name].saved_bytes < kept[name].saved_bytes, name
+    assert anew["linear probe"].flops == kept["linear probe"].flops
+
+
+def test_no_variant_is_called_compiled_that_runs_as_it_is(monkeypatch):
+    counters, compile_model = [], torch.compile
+
+    def count(model):
+        counters.append(CompileCounterWithBackend("eager"))
+        return compile_model(model, backend=counters[-1])
+
+    monkeypatch.setattr(torch, "compile", count)
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    results = run_benchmark(BenchmarkArguments(modes=["inference"], compile=True, **sizes))
+    names = [row.variant for row in results if row.variant.endswith(COMPILED)]
+    assert len(names) == len(counters) == len(VARIANTS)
+    assert not [name for name, counter in zip(names, counters, strict=True) if not counter.frame_count]
 
 
 def test_a_compiled_model_is_measured_beside_the_one_that_is_not(monkeypatch):
