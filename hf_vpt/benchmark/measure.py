@@ -122,6 +122,8 @@ def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lamb
     measured = BENCHMARK_BACKBONES[args.backbone]
     config = copy.deepcopy(measured.config)
     config.image_size = args.image_size
+    # The first loss would find it out, and compiled models be compiled anew for it.
+    config.problem_type = "single_label_classification"
     config._attn_implementation = args.attn_implementation
     torch.manual_seed(0)
     dtype = torch.float32 if args.dtype == "autocast" else getattr(torch, args.dtype)

@@ -62,8 +62,8 @@ def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
 def identify_images(data: Dataset, column: str = "image") -> list[Any]:
     """Return what tells the images of a split, in their order, and what they are decoded to from all others.
 
-    It is the part of a cache's key that is about images. Files that are named and not embedded count by size and time of
-    their last change, because one may be replaced under its name.
+    It is the part of a cache's key that is about images. Files that are named and not embedded count by size and time
+    of their last change, because one may be replaced under its name.
 
     Args:
         data: The split.
