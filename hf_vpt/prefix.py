@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ class FrozenPrefix:
         self.backbone = find_backbone(self.base)
         self.image_shape: tuple[int, ...] | None = None
         self.dtype: torch.dtype | None = None
-        self._running: list[ExitStack] = []
+        self._running = ExitStack()
         self._check_family()
         self.block = first_block_with_prompts(model)
         if not self.block:
@@ -82,9 +82,8 @@ class FrozenPrefix:
                 "of prefixes needs a plain ViT, such as ViT, DINOv2, CLIP or SigLIP: use one, or leave cache_prefix "
                 "out."
             )
-        config = getattr(self.base.config, "vision_config", self.base.config)
         for name in ("output_hidden_states", "output_attentions"):
-            if getattr(config, name, False):
+            if getattr(self._vision_config, name, False):
                 raise ValueError(
                     f"Found {name} in the model's config, and a request to leave blocks out, which have none then. "
                     f"Set model.config.{name} = False, or leave cache_prefix out."
@@ -97,6 +96,10 @@ class FrozenPrefix:
                 f"Found {len(trained)} tensors that train before the first prompt, such as {trained[0]}. What is "
                 "computed once needs frozen weights: freeze them (see modules_to_save), or leave cache_prefix out."
             )
+
+    @property
+    def _vision_config(self) -> Any:
+        return getattr(self.base.config, "vision_config", self.base.config)
 
     @property
     def _projection_name(self) -> str:
@@ -117,8 +120,9 @@ class FrozenPrefix:
         Returns:
             Tokens `(B, T, D)`.
         """
+        self._running.close()  # what a pass that was interrupted has left
         last = self._blocks()[self.block - 1]
-        forward, training = last.forward, self.model.training
+        forward, modes = last.forward, [(module, module.training) for module in self.model.modules()]
 
         def stop(*args: Any, **kwargs: Any) -> None:
             raise _Reached(forward(*args, **kwargs))
@@ -131,7 +135,8 @@ class FrozenPrefix:
             self.image_shape, self.dtype = tuple(pixel_values.shape[1:]), reached.tokens.dtype
             return reached.tokens
         finally:
-            self.model.train(training)
+            for module, training in modes:
+                module.training = training
         raise RuntimeError(
             f"Found that {type(self.base).__name__} does not run block {self.block - 1}. Tokens between blocks need "
             "its blocks to run one after the other: use another model class, or leave cache_prefix out."
@@ -143,8 +148,9 @@ class FrozenPrefix:
         self.model.register_forward_hook(self._leave, always_call=True)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._running.append(ExitStack())
-        tokens = kwargs.get("pixel_values")
+        self._running.close()  # as in `compute`
+        is_first = bool(args) and self.base.main_input_name == "pixel_values"
+        tokens = args[0] if is_first else kwargs.get("pixel_values")
         if tokens is None or tokens.ndim != 3:
             return args, kwargs
         if self.image_shape is None:
@@ -157,13 +163,22 @@ class FrozenPrefix:
                 "Found a request for the hidden states or attentions of all blocks, and tokens with which a model "
                 "starts behind some of them. These need the images: pass pixel values `(B, C, H, W)`."
             )
-        self._running[-1].enter_context(self.starting_from(tokens.to(self.dtype)))
+        self._check_left_out(kwargs.get("adapter_names"))
+        self._running.enter_context(self.starting_from(tokens.to(self.dtype)))
         images = torch.zeros((), device=tokens.device).expand(len(tokens), *self.image_shape)
-        return args, {**kwargs, "pixel_values": images}
+        return ((images, *args[1:]), kwargs) if is_first else (args, {**kwargs, "pixel_values": images})
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._running:
-            self._running.pop().close()
+        self._running.close()
+
+    def _check_left_out(self, adapter_names: Sequence[str] | None) -> None:
+        for index, block in enumerate(self._blocks()[: self.block]):
+            if isinstance(block, PromptedBlock) and any(block.num_prompts(adapter_names)):
+                raise RuntimeError(
+                    f"Found prompts in block {index} and tokens with which the model starts at block {self.block}, so "
+                    "that these prompts would do nothing. Tokens must be inputs of the first block with prompts: set "
+                    "`block` to `first_block_with_prompts(model)` and `compute` them anew."
+                )
 
     @contextmanager
     def starting_from(self, tokens: torch.Tensor) -> Iterator[None]:
@@ -186,7 +201,8 @@ class FrozenPrefix:
             yield
 
     def fingerprint(self) -> str:
-        """Letters that stand for all that makes tokens of an image: weights before the last block's end, and config.
+        """Letters that stand for all that makes tokens of an image: weights before the last block's end, config and
+        attention function.
 
         The same for each `block`. What an adapter or a head has learned has no part in it.
         """
@@ -195,7 +211,7 @@ class FrozenPrefix:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         config = {key: value for key, value in self.base.config.to_dict().items() if key not in _NO_PART}
-        return make_key(digest.hexdigest(), config)
+        return make_key(digest.hexdigest(), config, self._vision_config._attn_implementation)
 
     def _tensors(self, all_blocks: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
         """What images pass before block k (or the final norm): names below the root, parameters and buffers.

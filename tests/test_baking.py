@@ -154,6 +154,14 @@ def test_prompts_that_are_not_constants_are_refused_and_the_model_stays_as_it_wa
     torch.testing.assert_close(output_of(model, pixel_values), expected)
 
 
+def test_disabled_adapters_are_not_baked(pixel_values):
+    model = wrap(BACKBONES["vit"], "vpt_deep")
+    expected = output_of(model, pixel_values)
+    with model.disable_adapter(), pytest.raises(ValueError, match="disabled adapters.*outside of"):
+        model.bake()
+    torch.testing.assert_close(output_of(model, pixel_values), expected)
+
+
 def test_a_baked_model_takes_no_new_adapter_and_is_not_saved_as_a_checkpoint(tmp_path):
     baked = wrap(BACKBONES["vit"], "vpt_deep").bake()
     with pytest.raises(ValueError, match="baked prompts"):

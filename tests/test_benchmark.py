@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_vpt.benchmark import (
@@ -101,6 +102,38 @@ def test_variants_share_the_frozen_weights_and_none_trains_those_of_another():
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         assert not own & frozen, name
         assert name == "full fine-tuning" or {id(p) for p in model.parameters()} & frozen, name
+
+
+def test_where_activations_are_computed_a_second_time_baselines_do_so_as_well():
+    names = ["VPT-Deep", "VPT-Shallow, concatenated", "LoRA, r = 8 on q and v", "full fine-tuning"]
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    kept, anew = (
+        run_benchmark(BenchmarkArguments(variants=names, count=True, gradient_checkpointing=is_on, **sizes))
+        for is_on in (False, True)
+    )
+    assert [row.variant for row in kept] == [FLOOR, *names]
+    for before, after in zip(kept, anew, strict=True):
+        assert after.flops > before.flops, after.variant
+        assert after.saved_bytes < before.saved_bytes, after.variant
+
+
+def test_every_variant_is_compiled_once_before_it_is_measured(monkeypatch):
+    counters, compile_model = [], torch.compile
+
+    def count(model):
+        counters.append(CompileCounterWithBackend("eager"))
+        return compile_model(model, backend=counters[-1])
+
+    monkeypatch.setattr(torch, "compile", count)
+    sizes = {"num_virtual_tokens": [2], "batch_size": [2], "image_size": 32, "repeats": 1, "num_threads": 1}
+    # More with PEFT's code around them than PyTorch compiles for itself.
+    variants = [name for name in VARIANTS if "VPT" in name and not name.endswith(BAKED)] + ["BPT-Deep", "VAPT"]
+    variants += ["BPT-Deep, concatenated", "VAPT, concatenated"]
+    results = run_benchmark(BenchmarkArguments(variants=variants, modes=["inference"], compile=True, **sizes))
+    names = [row.variant for row in results if row.variant.endswith(COMPILED)]
+    assert len(names) == len(counters) > 9
+    found = {name: counter.frame_count for name, counter in zip(names, counters, strict=True)}
+    assert found == dict.fromkeys(names, 1)
 
 
 def test_a_compiled_model_is_measured_beside_the_one_that_is_not(monkeypatch):

@@ -152,7 +152,12 @@ def test_peak_memory_sees_what_was_allocated_and_given_back():
 
 def test_computations_are_timed_in_turn_and_none_always_after_the_same_other():
     calls = []
-    runs = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    seconds = interleaved_seconds(runs, repeats=2, warmup=1)
-    assert "".join(calls) == "abcbcacab"
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2, "c": 2}
+    runs = {name: (lambda name=name: calls.append(name)) for name in "abcd"}
+    seconds = interleaved_seconds(runs, repeats=7, warmup=1)
+    rounds = [calls[start : start + 4] for start in range(0, len(calls), 4)]
+    assert len(rounds) == 8
+    assert all(sorted(names) == list("abcd") for names in rounds)
+    for name in "abcd":
+        before = [calls[index - 1] for index in range(1, len(calls)) if calls[index] == name]
+        assert max(map(before.count, before)) <= 5, name
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abcd", 7)

@@ -109,6 +109,15 @@ def test_prompts_as_tokens_start_there_too(pixel_values):
     assert_equal_with_and_without(model, pixel_values)
 
 
+def test_tokens_may_stand_where_pixel_values_may(pixel_values):
+    model = prompted()
+    prefix = FrozenPrefix(model)
+    wanted, tokens = model(pixel_values).logits, tokens_of(prefix, pixel_values)
+    prefix.attach()
+    assert torch.equal(model(tokens).logits, wanted)
+    assert torch.equal(model(pixel_values).logits, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_and_mixed_precision_give_tokens_of_their_format(dtype, pixel_values):
     model = prompted().to(dtype).train()
@@ -150,8 +159,32 @@ def test_a_pass_that_fails_leaves_the_whole_model(pixel_values):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_a_pass_that_was_interrupted_leaves_nothing_to_the_next_one(pixel_values):
+    model = prompted()
+    prefix = FrozenPrefix(model)
+    wanted, tokens = model(pixel_values=pixel_values).logits, tokens_of(prefix, pixel_values)
+    prefix.attach()
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def let_interrupted_pass_stop():
+        handle = model.get_base_model().classifier.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(pixel_values=tokens.flip(0))
+        handle.remove()
+
+    let_interrupted_pass_stop()
+    assert torch.equal(model(pixel_values=pixel_values).logits, wanted)
+    let_interrupted_pass_stop()
+    assert torch.equal(tokens_of(prefix, pixel_values), tokens)
+    let_interrupted_pass_stop()
+    assert torch.equal(model(pixel_values=tokens).logits, wanted)
+
+
 def test_computing_leaves_the_mode_as_it_was(pixel_values):
     model = prompted().train()
+    model.get_base_model().classifier.eval()
     wanted = [module.training for module in model.modules()]
     tokens_of(FrozenPrefix(model), pixel_values)
     assert [module.training for module in model.modules()] == wanted
@@ -175,6 +208,22 @@ def test_the_first_block_with_prompts_follows_prompts_that_move():
     assert first_block_with_prompts(model) == 1
     model.base_model.pool()[0].move(0, block=2, scale=0.5)
     assert first_block_with_prompts(model) == 2
+
+
+def test_prompts_before_the_tokens_are_an_error_and_not_left_out(pixel_values):
+    model = prompted(adapter="provpt", num_virtual_tokens=1)
+    model.base_model.pool()[0].move(0, block=2, scale=0.5)
+    prefix = FrozenPrefix(model)
+    tokens = tokens_of(prefix, pixel_values)
+    prefix.attach()
+    model(pixel_values=tokens)
+    model.base_model.pool()[0].move(0, block=1, scale=0.5)
+    with pytest.raises(RuntimeError, match="Found prompts in block 1.*block 2.*anew"):
+        model(pixel_values=tokens)
+    prefix.block = first_block_with_prompts(model)
+    model.eval()
+    found = model(pixel_values=tokens_of(prefix, pixel_values)).logits
+    assert torch.equal(found, model(pixel_values=pixel_values).logits)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -251,3 +300,4 @@ def test_fingerprints_tell_weights_before_the_first_prompt_and_no_others_apart(n
 def test_fingerprints_tell_configs_apart():
     wanted = FrozenPrefix(prompted()).fingerprint()
     assert FrozenPrefix(prompted(overrides={"layer_norm_eps": 1e-3})).fingerprint() != wanted
+    assert FrozenPrefix(prompted(overrides={"attn_implementation": "eager"})).fingerprint() != wanted

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, DeiTImageProcessor, SiglipImageProcessor, ViTImageProcessor
 
 from hf_vpt.data import AugmentedImages, ImageTransform, ResizedImages, collate_images
+from hf_vpt.data.sources.listed import listed_images
 
 
 SIZE = {"height": 24, "width": 32}
@@ -118,6 +119,18 @@ def test_other_images_or_another_way_of_resizing_have_another_file(tmp_path):
         file_of(tmp_path, images.select(range(9)), vit),
     ]
     assert len(set(files)) == len(files)
+
+
+def test_an_image_that_was_replaced_under_its_name_is_read_anew(tmp_path):
+    paths, transform = [tmp_path / f"{index}.png" for index in range(3)], ImageTransform(PROCESSORS["vit"]())
+    for first in (0, 5):
+        for index, path in enumerate(paths):
+            path.write_bytes(encoded(first + index)["bytes"])
+        images = listed_images(paths, [0, 1, 0], ["a", "b"], "here")
+        resized = ResizedImages(images, transform, tmp_path / "cache")
+        wanted = read(AugmentedImages(images, transform))
+        assert torch.equal(read(AugmentedImages(resized, resized.finish))[0], wanted[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_what_comes_after_resizing_shares_the_file(tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,17 +111,13 @@ def interleaved_seconds(
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
-        for name, run in _rotated(list(runs.items()), repeat):
+        # In another order each time: what always came right after the same other one would meet its leavings in the
+        # caches. The same order in all processes.
+        for name, run in random.Random(repeat).sample(list(runs.items()), len(runs)):
             elapsed = _time(run, device)
             if repeat >= warmup:
                 seconds[name].append(elapsed)
     return seconds
-
-
-def _rotated(items: list[Any], by: int) -> Iterable[Any]:
-    # None always comes right after the same other one, whose leavings in the caches would help or hurt it.
-    by %= len(items)
-    return items[by:] + items[:by]
 
 
 def _time(run: Callable[[], Any], device: torch.device | str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any, Literal
@@ -15,19 +16,12 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from ..tuners.base.block import silence_frozen_modules
 from .cost import count_flops, count_saved_bytes, interleaved_seconds, peak_memory
 from .variants import BAKED, BENCHMARK_BACKBONES, COMPILED, CONCATENATED, FLOOR, VARIANTS
 
 
 Mode = Literal["training", "inference"]
-# What stays in evaluation mode: their frozen dropout and stochastic depth would be on, as those of prompts are not.
-IN_EVALUATION_MODE = (
-    FLOOR,
-    "VPT-Shallow" + CONCATENATED,
-    "linear probe",
-    "LoRA, r = 8 on q and v",
-    "full fine-tuning",
-)
 
 
 @dataclass
@@ -128,6 +122,8 @@ def run_benchmark(args: BenchmarkArguments, report: Callable[[str], None] = lamb
     measured = BENCHMARK_BACKBONES[args.backbone]
     config = copy.deepcopy(measured.config)
     config.image_size = args.image_size
+    # The first loss would find it out, and compiled models be compiled anew for it.
+    config.problem_type = "single_label_classification"
     config._attn_implementation = args.attn_implementation
     torch.manual_seed(0)
     dtype = torch.float32 if args.dtype == "autocast" else getattr(torch, args.dtype)
@@ -200,7 +196,9 @@ def _measure_round(
         models = {name: model for name, model in models.items() if not name.endswith(BAKED)}
     measured: dict[str, nn.Module] = {}
     for name, model in models.items():
-        model.train(mode == "training" and name not in IN_EVALUATION_MODE)
+        model.train(mode == "training")
+        # All of them, as prompts do. In evaluation mode blocks would not be checkpointed either.
+        silence_frozen_modules(model)
         called = DistributedDataParallel(model) if mode == "training" and distributed.is_initialized() else model
         inputs = {"pixel_values": images, "labels": labels}
         if num_adapters > 1 and name != FLOOR:
@@ -210,7 +208,8 @@ def _measure_round(
             measured[form] = model
             forwards[form] = _forward(called, inputs, args, grad=mode == "training")
             runs[form] = _step(model, forwards[form]) if mode == "training" else forwards[form]
-    seconds = interleaved_seconds(runs, args.repeats, device=args.device)
+    with _compiling(len(runs)) if args.compile else nullcontext():
+        seconds = interleaved_seconds(runs, args.repeats, device=args.device)
     floor = statistics.median(seconds[FLOOR])
     results = []
     for name, model in measured.items():
@@ -230,6 +229,13 @@ def _measure_round(
             )
         )
     return results
+
+
+def _compiling(num_models: int) -> AbstractContextManager:
+    """Lets that many models be compiled, each for itself."""
+    torch.compiler.reset()  # sizes of earlier rounds would become variables
+    # Models share the code that is compiled: after PyTorch's limit of 8 they would run as they are, without an error.
+    return torch._dynamo.config.patch(cache_size_limit=8 + num_models)
 
 
 def _forward(

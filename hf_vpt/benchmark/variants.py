@@ -73,7 +73,7 @@ def _adapter(make_config: Callable[[int], PeftConfig], insertion: str = "keys_va
     def build(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
         model = get_peft_model(base, make_config(num_virtual_tokens))
         model.base_model.set_insertion(insertion)
-        return model.train()
+        return model
 
     return build
 
@@ -95,28 +95,27 @@ def _shallow_by_hand(base: PreTrainedModel, measured: BenchmarkBackbone, num_vir
     base.prompts = nn.Parameter(like.new_empty(1, num_virtual_tokens, like.shape[-1]).normal_(std=0.02))
     base.vit.embeddings.register_forward_hook(insert)
     _train_copy(base, _head(base))
-    return base.eval()
+    return base
 
 
 def _floor(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
     _train_copy(base, [measured.trained, *_head(base)])
-    # In evaluation mode: prompts turn a frozen backbone's dropout and stochastic depth off as well.
-    return base.eval()
+    return base
 
 
 def _linear_probe(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
     _train_copy(base, _head(base))
-    return base.eval()
+    return base
 
 
 def _full(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
     _train_copy(base, [name for name, _ in base.named_parameters()])
-    return base.eval()
+    return base
 
 
 def _lora(base: PreTrainedModel, measured: BenchmarkBackbone, num_virtual_tokens: int) -> nn.Module:
     config = LoraConfig(r=8, target_modules=list(measured.query_value), modules_to_save=["classifier"])
-    return get_peft_model(base, config).eval()
+    return get_peft_model(base, config)
 
 
 def _head(model: nn.Module) -> list[str]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import PIL
 import pyarrow as pa
 import pyarrow.compute as pc
+import torchvision
+import transformers
 from datasets import Dataset
 
 
@@ -39,13 +43,11 @@ def fingerprint(data: Dataset) -> str:
 def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
     table = data.data
     images, labels = table.column("image"), table.column("label")
-    # The table has all rows, of which a data set that was selected from or shuffled shows some.
-    rows = np.arange(len(labels)) if data._indices is None else data._indices.column(0).to_numpy()
     paths = _as_array(pc.struct_field(images, "path"))
     contents = pc.struct_field(images, "bytes")
     sizes = _as_array(pc.binary_length(contents)).to_pylist()
     labels = _as_array(labels).to_pylist()
-    for row in map(int, rows):
+    for row in _rows(data):
         path, size, label = paths[row].as_py(), sizes[row], labels[row]
         if path:
             # Windows' paths have other slashes.
@@ -57,12 +59,46 @@ def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
         yield words + b"\0" + (names[label] if label is not None and label >= 0 else "").encode()
 
 
+def identify_images(data: Dataset, column: str = "image") -> list[Any]:
+    """Return what tells the images of a split, in their order, and what they are decoded to from all others.
+
+    It is the part of a cache's key that is about images. Files that are named and not embedded count by size and time
+    of their last change, because one may be replaced under its name.
+
+    Args:
+        data: The split.
+        column: Of the images.
+    """
+    images = data.data.column(column)
+    paths = _as_array(pc.struct_field(images, "path"))
+    embedded = _as_array(pc.is_valid(pc.struct_field(images, "bytes"))).to_pylist()
+    digest = hashlib.blake2b(digest_size=16)
+    for row in _rows(data):
+        state = None if embedded[row] else _file_state(paths[row].as_py())
+        digest.update(f"{state};".encode())
+    versions = [module.__version__ for module in (PIL, torchvision, transformers)]
+    return [data._fingerprint, len(data), digest.hexdigest(), versions]
+
+
+def _rows(data: Dataset) -> Iterator[int]:
+    # The table has all rows, of which a data set that was selected from or shuffled shows some.
+    rows = np.arange(data.data.num_rows) if data._indices is None else data._indices.column(0).to_numpy()
+    return map(int, rows)
+
+
 def _as_array(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
 def _file_size(path: str) -> int | None:
+    state = _file_state(path)
+    return None if state is None else state[0]
+
+
+def _file_state(path: str | None) -> tuple[int, int] | None:
+    """Size in bytes and time of the last change."""
     try:
-        return Path(path).stat().st_size
+        found = os.stat(path or "")
     except OSError:  # on the Hub, or gone
         return None
+    return found.st_size, found.st_mtime_ns

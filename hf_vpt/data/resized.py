@@ -10,16 +10,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import PIL
 import torch
-import torchvision
-import transformers
 from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .cache import ArrayCache, make_key
 from .decoding import BrokenImageError
+from .fingerprint import identify_images
 from .processing import ImageTransform
 
 
@@ -78,9 +76,8 @@ class ResizedImages:
         processor = transform.processor
         how = {name: value for name, value in processor.to_dict().items() if name not in _AFTERWARDS}
         by = "processor" if transform.augment is None else repr(transform.augment.transforms[0])
-        versions = [module.__version__ for module in (PIL, torchvision, transformers)]
-        columns = [self._image_column, len(self.images)]
-        return make_key(self.images._fingerprint, type(processor).__name__, how, by, versions, columns)
+        images = identify_images(self.images, self._image_column)
+        return make_key(type(processor).__name__, how, by, self._image_column, *images)
 
     @property
     def features(self) -> datasets.Features:

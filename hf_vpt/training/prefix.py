@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ..data import collate_images
 from ..data.cache import cache_folder, make_key
+from ..data.fingerprint import identify_images
 from ..data.prefixes import PrefixImages
 from ..prefix import FrozenPrefix, first_block_with_prompts
 from .arguments import DataArguments
@@ -152,12 +153,11 @@ def cache_prefixes(splits: dict[str, Any], trainer: transformers.Trainer, data_a
     callback = PrefixCaching(trainer)
     processor: BaseImageProcessor = trainer.processing_class
     key = [callback.prefix.fingerprint(), type(processor).__name__, processor.to_dict(), data_args.cache_dtype]
-    key += [trainer.accelerator.mixed_precision, str(trainer.args.device.type)]
-    key += [transformers.__version__, torch.__version__]
+    key += [trainer.accelerator.mixed_precision, trainer.args.tf32, trainer.args.device.type, torch.__version__]
     folder = cache_folder(data_args.cache_dir, "prefixes")
     for split, pixels in splits.items():
         images = without_transforms(pixels)
-        own = make_key(*key, images._fingerprint, len(images))
+        own = make_key(*key, *identify_images(images))
         splits[split] = PrefixImages(images, pixels, own, folder, getattr(torch, data_args.cache_dtype))
     trainer.train_dataset, trainer.eval_dataset = splits["train"], splits["validation"]
     trainer.add_callback(callback)

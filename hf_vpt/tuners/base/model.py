@@ -414,14 +414,19 @@ class PromptTuner(BaseTuner):
             The base model.
 
         Raises:
-            ValueError: The prompts are not constant (VAPT), flow on as tokens (shallow ones), or are part of the
-                image's feature (`pool_prompts`).
+            ValueError: The prompts are not constant (VAPT), flow on as tokens (shallow ones), are part of the
+                image's feature (`pool_prompts`), or are disabled.
 
         Example:
             >>> baked = model.bake()
             >>> torch.export.save(torch.export.export(baked, (pixel_values,)), "classifier.pt2")
         """
         for block in self.prompted_blocks():
+            if block.disable_adapters:
+                raise ValueError(
+                    "Found disabled adapters, in a request to bake them. Active prompts alone become constants: call "
+                    "`bake()` outside of `disable_adapter()`, or get the bare model with `unload()`."
+                )
             for prompts in block.used_prompts():
                 _check_constant(prompts)
         self.eval()
