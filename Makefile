@@ -11,13 +11,15 @@ DATA ?= digits
 TABLE ?= outputs/table
 TABLE_CONFIGS ?= $(sort $(wildcard configs/*/$(DATA)*.yaml))
 SEEDS ?= 0 1 2
+RESULTS ?= outputs/results
+RESULTS_DATA ?= digits drawn/sprite_location drawn/sprite_orientation drawn/counting
 
 # Small tensors: several threads for each operation cost more than they bring, and test workers would share cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-lowest lint format demo table clean
+.PHONY: help setup test test-lowest lint format demo table results clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -56,6 +58,13 @@ table: setup  ## train every demo configuration with every seed and print the RE
 	        --output_dir $(TABLE)/$$name/seed$$seed $(ARGS); \
 	done; done
 	$(BIN)/python scripts/report.py $(TABLE)
+
+results: setup  ## sweep every method and baseline on the digits and the drawn sets: docs/results.md; several may run at once
+	set -e; for data in $(RESULTS_DATA); do for config in $(sort $(wildcard configs/sweeps/*.yaml)); do \
+	    $(BIN)/python scripts/sweep.py --config $$config --dataset_name $$data \
+	        --output_dir $(RESULTS)/$$data/$$(basename $$config .yaml) $(ARGS); \
+	done; done
+	$(BIN)/python scripts/report.py $(RESULTS) --output_dir $(RESULTS)/report
 
 clean:  ## remove what training and tests leave behind; .venv and .venv-lowest stay
 	rm -rf outputs trainer_output build dist .pytest_cache .ruff_cache *.egg-info

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_vpt.training import TrainingArguments, parse_arguments
+from hf_vpt.sweep import parse_sweep
+from hf_vpt.training import BASELINES, TrainingArguments, parse_arguments
 from hf_vpt.tuners import METHODS
 
 
@@ -76,12 +77,22 @@ def test_baselines_have_no_method_configuration(method):
 
 
 # Those of Accelerate are in test_scaling.py.
-RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(CONFIGS.glob("accelerate/*")))
+RUNS = sorted({*CONFIGS.rglob("*.yaml")} - {*CONFIGS.glob("accelerate/*"), *CONFIGS.glob("sweeps/*")})
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_configuration_is_valid(path):
     parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *BASELINES])
+def test_the_shipped_sweep_of_a_method_tries_learning_rates_on_both_sides_of_its_own(method):
+    own = parse_arguments(["--config", str(CONFIGS / method / "digits.yaml")]).training.learning_rate
+    plan = parse_sweep(["--config", str(CONFIGS / "sweeps" / f"{method}.yaml"), "--dataset_name", "drawn/counting"])
+    assert (plan.settings.model.method, plan.settings.data.dataset_name) == (method, "drawn/counting")
+    assert list(plan.axes) == ["learning_rate"]
+    above, middle, below = plan.axes["learning_rate"]
+    assert below < middle == own < above
 
 
 def test_unknown_key_is_named_together_with_the_closest_ones(write_config):
