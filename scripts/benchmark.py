@@ -8,9 +8,9 @@
 
 The floor is the same frozen backbone with no prompts, whose CLS token trains (in Swin, which has none, the bias of the
 embeddings' norm), so that gradients flow through all blocks. Every repeat runs each variant once, in turn, so that a
-slow moment of the machine hits all of them; the tables show medians, what they are times the floor's, and the same of
-the fastest runs. `--folder` takes the tables, every number as JSON, and plots of cost against prompts, images and
-adapters.
+slow moment of the machine hits all of them; the tables show medians: of seconds, and of how many times the floor's in
+the same repeat they are. `--folder` takes the tables, every number as JSON, and plots of cost against prompts, images
+and adapters.
 """
 
 from __future__ import annotations

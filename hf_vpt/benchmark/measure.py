@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -78,7 +79,8 @@ class Measurement:
         batch_size: Images B.
         num_adapters: Adapters among which the images are divided.
         seconds: Every measured run.
-        over_floor: Median seconds, as a multiple of the floor's in the same round.
+        over_floor: Seconds as a multiple of the floor's in the same repeat, the median over repeats: a slow minute of
+            the machine is in both.
         trained_parameters: Numbers that train, without the head.
         flops: Counted operations of one run; None where they were not counted.
         saved_bytes: Bytes kept for the backward pass; None where there is none.
@@ -210,7 +212,6 @@ def _measure_round(
             runs[form] = _step(model, forwards[form]) if mode == "training" else forwards[form]
     with _compiling(len(runs)) if args.compile else nullcontext():
         seconds = interleaved_seconds(runs, args.repeats, device=args.device)
-    floor = statistics.median(seconds[FLOOR])
     results = []
     for name, model in measured.items():
         counts: dict[str, int | None] = {}
@@ -222,7 +223,7 @@ def _measure_round(
             counts["peak_bytes"] = peak_memory(runs[name], args.device)
         model.zero_grad()
         trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n)
-        over_floor = statistics.median(seconds[name]) / floor
+        over_floor = statistics.median(map(operator.truediv, seconds[name], seconds[FLOOR]))
         results.append(
             Measurement(
                 name, mode, num_virtual_tokens, len(images), num_adapters, seconds[name], over_floor, trained, **counts

@@ -20,16 +20,14 @@ def to_markdown(results: Sequence[Measurement]) -> str:
         rows = [result for result in results if _setting(result) == setting]
         floor = rows[0]
         counted = floor.flops is not None
-        header = ["× floor", "fastest runs", "seconds (quartiles)", "images/s", "tuned, without head"]
+        header = ["× floor", "seconds (quartiles)", "images/s", "tuned, without head"]
         header += ["× FLOPs", "× bytes kept", "× peak memory"] if counted else []
         lines = [f"**{setting}**\n", f"| | {' | '.join(header)} |"]
         lines.append("|" + "---|" * (len(header) + 1))
         for row in rows:
             low, middle, high = statistics.quantiles(row.seconds, n=4) if len(row.seconds) > 1 else 3 * row.seconds
-            # Other work on the machine slows runs and never speeds one up: the fastest were disturbed the least.
-            fastest = min(row.seconds) / min(floor.seconds)
-            cells = [f"{row.over_floor:.2f}", f"{fastest:.2f}", f"{middle:.3g} ({low:.3g} – {high:.3g})"]
-            cells += [f"{row.images_per_second:.3g}", f"{row.trained_parameters:,}"]
+            cells = [f"{row.over_floor:.2f}", f"{middle:.3g} ({low:.3g} – {high:.3g})", f"{row.images_per_second:.3g}"]
+            cells.append(f"{row.trained_parameters:,}")
             if counted:
                 for name in ("flops", "saved_bytes", "peak_bytes"):
                     value, reference = getattr(row, name), getattr(floor, name)

@@ -41,13 +41,17 @@ def plot_cost(
             for row in results:
                 if (row.variant, row.mode) == (name, mode):
                     points.setdefault(getattr(row, over), []).append(row.over_floor)
+            if not points:
+                continue
             heights = [statistics.median(values) for values in points.values()]
             line = next((line for ending, line in LINES.items() if name.endswith(ending)), "-o")
             axis.plot(list(points), heights, line, **style)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=mode, xlabel=LABELS[over], ylabel="seconds, × frozen backbone")
         axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    # Baked models are in one panel alone.
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     figure.savefig(path)
 
 
