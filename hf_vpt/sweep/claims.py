@@ -35,3 +35,8 @@ class Entry:
     value: float
     result: Mapping[str, Any]
     attempts: int
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training broke off with a loss that is no number, so that the value is none to choose by."""
+        return bool(self.result.get("diverged"))
