@@ -81,7 +81,7 @@ def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[st
     failed = work_off(trials, points, run, after_trial, params, after_failure, plan.sweep.skip_failed)
     best = trials.best(points)
     if best is None or (failed and not plan.sweep.skip_failed):
-        raise RuntimeError(_nothing_to_choose(plan, failed, best is None))
+        raise RuntimeError(_nothing_to_choose(plan, trials, failed))
     report(f"Chosen: trial {best.point} ({describe(best.params)}), validation {plan.metric} {best.value:.4f}.")
 
     # Another choice, after more trials, has final runs of its own.
@@ -134,7 +134,7 @@ def work_off(
     num_in_a_row = 0
     while True:
         failed = ledger.failed(points)
-        given_up = failed.keys() if skip_failed else failed.keys() & failed_here
+        given_up = set(failed) if skip_failed else failed_here & failed.keys()
         claim = ledger.claim([point for point in points if point not in given_up], params)
         if claim is not None:
             try:
@@ -150,24 +150,28 @@ def work_off(
             num_in_a_row = 0
             if ledger.finish(claim, value, result) and after is not None:
                 after(next(entry for entry in ledger.done(points) if entry.point == claim.point))
-        elif len(ledger.done(points)) + len(given_up) == len(points):
+            continue
+        done = {entry.point for entry in ledger.done(points)}
+        if done | given_up == set(points):
             ledger.tidy()
-            return failed
-        else:
-            time.sleep(poll_seconds)
+            return {point: failed[point] for point in sorted(given_up - done)}
+        time.sleep(poll_seconds)
 
 
-def _nothing_to_choose(plan: SweepPlan, failed: Mapping[int, str], all_are: bool) -> str:
+def _nothing_to_choose(plan: SweepPlan, trials: Ledger, failed: Mapping[int, str]) -> str:
+    """Say why a sweep stops before it chooses."""
+    done = trials.done(range(plan.num_trials))
     if not failed:
         return (
-            f"All {plan.num_trials} trials have diverged: their losses are no numbers. A sweep chooses among scores: "
-            "give it smaller learning rates, or clipped gradients (max_grad_norm), and another output_dir."
+            f"All {len(done)} trials have diverged, the first one so: {done[0].result['diverged']} A sweep chooses "
+            "among scores: repair what is wrong, or give it other settings, and another output_dir."
         )
     errors = "; ".join(f"trial {number}: {error}" for number, error in failed.items())
-    remedy = "" if all_are else ", or add --skip_failed to choose among the others"
+    skip = ", or add --skip_failed to choose among the others" if not plan.sweep.skip_failed and done else ""
+    again = "without --skip_failed" if plan.sweep.skip_failed else "to try them once more"
     return (
         f"{len(failed)} of {plan.num_trials} trials have failed ({errors}). A sweep chooses when all are done: give "
-        f"the same command again once the reason is gone, to try them once more{remedy}."
+        f"the same command again once the reason is gone, {again}{skip}."
     )
 
 
