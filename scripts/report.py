@@ -2,9 +2,10 @@
 
     python scripts/report.py outputs/table outputs/sweep --output_dir outputs/report
 
-Folders are searched for the `metrics.json` of scripts/train.py and the `results.json` of scripts/sweep.py. Markdown is
-printed, and written with CSV (a line for each row, and for each mean over a benchmark) and a plot to `--output_dir`, where it is given. Results on one data set that are not on
-the same images, prepared the same way, are refused.
+Folders are searched for the `metrics.json` of scripts/train.py and the `results.json` of scripts/sweep.py; files may
+have any name. Markdown is printed, and written with two tables as CSV, rows and means over benchmarks, and a plot to
+`--output_dir`, where it is given. Results on one data set that are not on the same images, prepared the same way, are
+refused.
 """
 
 import argparse
