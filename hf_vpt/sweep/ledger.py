@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .claims import Claim, Entry
+from .claims import Claim, Entry, describe_error
 from .owners import is_alive, this_process
 from .storage import import_optuna, open_study
 
@@ -27,11 +27,6 @@ HEARTBEAT_SECONDS = 20.0
 
 # Claims that this process is at work on. A claim of its own that is not among them broke off by an exception.
 _active: set[str] = set()
-
-
-def describe_error(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 class Ledger:

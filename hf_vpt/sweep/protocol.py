@@ -9,8 +9,8 @@ from typing import Any
 
 from ..data.augmented import draw_seed
 from ..training import SharedLoader
-from .claims import Claim, Entry
-from .ledger import Ledger, describe_error
+from .claims import Claim, Entry, describe_error
+from .ledger import Ledger
 from .plan import SweepPlan
 from .runs import LOG_FILE, remove_checkpoints, run_final, run_trial
 from .summary import check_folder, collect, describe, progress_line, write_results
