@@ -17,7 +17,7 @@ from hf_vpt.report import benchmarks_to_csv, group_rows, read_runs, to_csv, to_m
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and a picture of results.", allow_abbrev=False)
     parser.add_argument("paths", nargs="+", help="Result files, or folders that are searched.")
-    parser.add_argument("--output_dir", type=Path, help="Where report.md, report.csv, benchmarks.csv and report.png go.")
+    parser.add_argument("--output_dir", type=Path, help="Where report.md, .csv and .png and benchmarks.csv go.")
     arguments = parser.parse_args()
     runs, left_out = read_runs(arguments.paths)
     rows = group_rows(runs)

@@ -12,7 +12,8 @@ from ..training.experiment import METRICS_FILE, TIMINGS_FILE
 from ..training.record import RESULTS_FILE
 
 
-_OF_A_RUN = ("dataset_name", "method", "test_accuracy", "seed", "trained_parameters", "trained_parameters_without_head")
+_OF_A_RUN = ("dataset_name", "method", "test_accuracy", "seed")
+_OF_A_RUN += ("trained_parameters", "trained_parameters_without_head")
 _OF_A_SWEEP = ("complete", "final", "trials", "num_trials")
 # Folders of a sweep's own runs, beside its results.
 _RUNS_OF_A_SWEEP = ("trials", "final")
@@ -98,9 +99,9 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
 def _final_runs(file: Path, content: Mapping[str, Any]) -> list[Run]:
     # A trial that was killed and went on knows the seconds since then alone.
     seconds = [trial.get("seconds") if trial.get("attempts", 1) == 1 else None for trial in content["trials"]]
-    search_seconds = None if None in seconds else sum(seconds)
+    tried = (content["num_trials"], None if None in seconds else sum(seconds))
     return [
-        Run(f"{file}, seed {run['seed']}", run["metrics"], run.get("timings") or {}, content["num_trials"], search_seconds)
+        Run(f"{file}, seed {run['seed']}", run["metrics"], run.get("timings") or {}, *tried)
         for run in content["final"]
     ]
 

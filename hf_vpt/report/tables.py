@@ -35,8 +35,8 @@ def to_markdown(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
             parts += [f"## {dataset}, {backbone}", _dataset_table([row for row in own if row.backbone == backbone])]
     if len({row.num_trials is None for row in rows}) > 1:
         parts.append(
-            "Seconds and memory of a sweep are those of one final run. It is not evaluated between epochs, as a run by "
-            "itself is."
+            "Seconds and memory of a sweep are those of one final run. It is not evaluated between epochs, as a run "
+            "by itself is."
         )
     means = benchmark_means(rows)
     for benchmark in dict.fromkeys(mean.benchmark for mean in means):
@@ -115,8 +115,8 @@ def _benchmark_parts(benchmark: str, means: Sequence[BenchmarkMean]) -> list[str
             notes.append(f"- {mean.title}, {mean.backbone}: no mean, because of {mean.trouble}.")
     if benchmark == "vtab" and len(lines) > len(means):
         notes.append(
-            "- Published scores are on VTAB-1k as their authors prepared it. On CIFAR-100 the archive is known to give "
-            "about ten points less than the original images."
+            "- Published scores are on VTAB-1k as their authors prepared it. On CIFAR-100 the archive is known to "
+            "give about ten points less than the original images."
         )
     parts = [f"## {_HEADINGS[benchmark]}, test accuracy in %", _table(head, lines)]
     return [*parts, "\n".join(notes)] if notes else parts

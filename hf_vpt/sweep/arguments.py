@@ -31,7 +31,7 @@ class SweepArguments:
             evenly in their logarithm, everything else from the values.
         num_trials: How many settings `"tpe"` tries, at least 1.
         final_seeds: Seeds of the runs that train the best setting anew and are tested, at least one, all different.
-        skip_failed: Choose among the others where trials have ended with an error, and do not try those again. Default:
+        skip_failed: Choose among the others where trials have ended with an error, and try those no more. Default:
             the sweep stops before it chooses, and tries them once more when it is started again.
         storage: Where trials are written down and shared out: a database URL that Optuna knows. Default: the SQLite
             file `sweep.db` in `output_dir`. For several machines, one server: `postgresql://user@host/name`.

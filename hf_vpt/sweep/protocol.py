@@ -90,7 +90,8 @@ def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[st
 
     def after_final(entry: Entry) -> None:
         # Only now that it is written down; the weights themselves have been saved beside them.
-        remove_checkpoints(plan.final_folder(entry.point))
+        for other in finals.done(seeds):
+            remove_checkpoints(plan.final_folder(other.point))
         report(progress_line(plan, finals, seeds, entry, is_trial=False))
 
     work_off(

@@ -48,8 +48,8 @@ def run_trial(
     if diverged is None:
         if (name := f"validation_{plan.metric}") not in scores:
             raise ValueError(
-                f"Found no {plan.metric} among the scores {sorted(scores)}. Settings are chosen by metric_for_best_model: "
-                "set it to one of them, without validation_."
+                f"Found no {plan.metric} among the scores {sorted(scores)}. Settings are chosen by "
+                "metric_for_best_model: set it to one of them, without validation_."
             )
         value = scores[name]
         if not math.isfinite(value):

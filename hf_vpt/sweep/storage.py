@@ -73,9 +73,9 @@ def _check_identity(storage: Any, name: str, identity: dict[str, Any]) -> None:
         return
     if changed := tell_apart(known, identity):
         raise ValueError(
-            f"Found the study '{name}' made with {changed[0]}, and a sweep with {changed[1]}. A sweep goes on with the "
-            "settings it began with: use another output_dir (in a common storage, another study_name too), or the old "
-            "settings."
+            f"Found the study '{name}' made with {changed[0]}, and a sweep with {changed[1]}. A sweep goes on with "
+            "the settings it began with: use another output_dir (in a common storage, another study_name too), or the "
+            "old settings."
         )
 
 
