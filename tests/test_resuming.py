@@ -104,9 +104,17 @@ def test_a_half_written_checkpoint_is_passed_over_for_the_one_before_it(options,
 
 
 def test_a_checkpoint_from_before_the_evaluation_at_the_end_of_its_epoch_leads_to_the_same_end(options, tmp_path):
-    more = "--method vpt --prompt_dropout 0.5 --save_strategy steps --save_steps 5 --save_total_limit 9".split()
+    more = "--method vpt --prompt_dropout 0.5 --save_strategy steps --save_steps 5"
     options = [option for option in options if option not in ("--scoring", "online")]
-    words = [*options, *more, "--no_load_best_model_at_end", "--output_dir", str(tmp_path)]
+    words = [
+        *options,
+        *more.split(),
+        "--save_total_limit",
+        "9",
+        "--no_load_best_model_at_end",
+        "--output_dir",
+        str(tmp_path),
+    ]
     results = []
     for resumed in ([], ["--resume_from_checkpoint", str(tmp_path / "checkpoint-5")]):
         results.append(train_classifier(parse_arguments([*words, *resumed])))
