@@ -239,14 +239,14 @@ def test_another_division_of_the_data_is_refused_before_training(options, tmp_pa
 )
 def test_results_never_tell_of_settings_that_a_checkpoint_was_not_trained_with(options, tmp_path, changed):
     # A seed or a rate of its own comes back with a checkpoint, so those asked for would have had no effect.
-    run(options, tmp_path, "--num_train_epochs", "1")
+    run(options, tmp_path, "--num_train_epochs", "2")
     name = changed.removeprefix("--").partition(" ")[0]
     with pytest.raises(ValueError, match=f"checkpoint made with {name} .*, and a run with {name} .*the old settings"):
         run(options, tmp_path, *changed.split(), "--resume_from_checkpoint", "auto")
 
 
 def test_seconds_of_a_run_that_went_on_are_told_to_be_part_of_it(options, tmp_path):
-    for more, is_whole in ((["--num_train_epochs", "1"], True), (["--resume_from_checkpoint", "auto"], False)):
+    for more, is_whole in ((["--num_train_epochs", "2"], True), (["--resume_from_checkpoint", "auto"], False)):
         run(options, tmp_path, *more)
         assert json.loads((tmp_path / "timings.json").read_text())["is_whole"] is is_whole
 
