@@ -2,21 +2,22 @@
 
     python scripts/report.py outputs/table outputs/sweep --output_dir outputs/report
 
-Folders are searched for the `metrics.json` of scripts/train.py and the `results.json` of scripts/sweep.py. Markdown is
-printed, and written with CSV and a plot to `--output_dir`, where it is given. Results on one data set that are not on
-the same images, prepared the same way, are refused.
+Folders are searched for the `metrics.json` of scripts/train.py and the `results.json` of scripts/sweep.py; files may
+have any name. Markdown is printed, and written with two tables as CSV, rows and means over benchmarks, and a plot to
+`--output_dir`, where it is given. Results on one data set that are not on the same images, prepared the same way, are
+refused.
 """
 
 import argparse
 from pathlib import Path
 
-from hf_vpt.report import group_rows, read_runs, to_csv, to_markdown
+from hf_vpt.report import benchmarks_to_csv, group_rows, read_runs, to_csv, to_markdown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tables and a picture of results.", allow_abbrev=False)
     parser.add_argument("paths", nargs="+", help="Result files, or folders that are searched.")
-    parser.add_argument("--output_dir", type=Path, help="Where report.md, report.csv and report.png go.")
+    parser.add_argument("--output_dir", type=Path, help="Where report.md, .csv and .png and benchmarks.csv go.")
     arguments = parser.parse_args()
     runs, left_out = read_runs(arguments.paths)
     rows = group_rows(runs)
@@ -28,6 +29,7 @@ def main() -> None:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
         (arguments.output_dir / "report.md").write_text(text, encoding="utf-8")
         (arguments.output_dir / "report.csv").write_text(to_csv(rows), encoding="utf-8")
+        (arguments.output_dir / "benchmarks.csv").write_text(benchmarks_to_csv(rows), encoding="utf-8")
         if rows:
             plot_scores(rows, arguments.output_dir / "report.png")
 

@@ -16,9 +16,11 @@ Some of many settings instead of all, chosen by Optuna's TPE:
     python scripts/sweep.py --config configs/vpt/digits.yaml --output_dir outputs/sweep/tpe \\
         --search_space learning_rate=0.3,0.001 num_virtual_tokens=1,50 --sampler tpe --num_trials 20
 
-A killed sweep goes on when the same command is given again. Several processes share the work when each is started with
-the same command, on one machine (each with a GPU of its own by CUDA_VISIBLE_DEVICES) or on many with `--storage
-postgresql://user@host/name`. What is done, and what is written, is said in `hf_vpt.sweep.run_sweep`.
+A killed sweep goes on when the same command is given again. A trial that ends with an error, too little memory for
+one, stops none of the others; the sweep stops before it chooses then, and tries it once more when it is started
+again. Several processes share the work when each is started with the same command, on one machine (each with a
+GPU of its own by CUDA_VISIBLE_DEVICES) or on many with `--storage postgresql://user@host/name`. What is done,
+and what is written, is said in `hf_vpt.sweep.run_sweep`.
 """
 
 from hf_vpt.sweep import parse_sweep, run_sweep

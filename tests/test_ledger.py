@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import random
+import sys
 import time
 from collections import Counter
 
 import optuna
 import pytest
 
-from hf_vpt.sweep import Ledger, owners, work_off
+from hf_vpt.sweep import Ledger, owners, protocol, work_off
 from hf_vpt.sweep import ledger as ledger_module
 
 
@@ -213,7 +214,7 @@ def test_a_process_is_alive_until_it_ends_even_before_its_parent_has_asked():
     process = FORK.Process(target=time.sleep, args=(60,))
     process.start()
     try:
-        started = owners.psutil.Process(process.pid).create_time()
+        started = owners.start_of(process.pid)
         owner = owners.this_process() | {"pid": process.pid, "started": started}
         assert owners.is_alive(owner) is True
         assert owners.is_alive(owner | {"started": started - 100}) is False  # another process of the same number
@@ -233,3 +234,108 @@ def test_a_study_goes_on_only_with_what_it_is_about(ledger, tmp_path):
         ValueError, match="'one' made with method vpt, and a sweep with method bpt.*use another output"
     ):
         Ledger(url(tmp_path), "one", {"method": "bpt"})
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere a start is a time of day")
+def test_a_clock_that_is_set_makes_no_process_look_dead(monkeypatch):
+    owner = owners.this_process()
+    original = owners.psutil.Process.create_time
+    # Seconds since 1970 of every process, which psutil counts from the start of the machine.
+    monkeypatch.setattr(owners.psutil.Process, "create_time", lambda self: original(self) + 3600)
+    assert owners.is_alive(owner) is True
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the number of a start of the machine")
+def test_processes_of_another_machine_of_the_same_name_are_not_taken_for_dead(monkeypatch, tmp_path):
+    process = FORK.Process(target=int)
+    process.start()
+    process.join()
+    gone = owners.this_process() | {"pid": process.pid}
+    assert owners.is_alive(gone) is False
+    # As if this process asked on the other machine, where nobody has that number either.
+    (tmp_path / "boot_id").write_text("another")
+    monkeypatch.setattr(owners, "BOOT_ID", tmp_path / "boot_id")
+    assert owners.is_alive(gone) is None
+
+
+def run_with_errors(ledger, fails, num_points=4, **options):
+    """Work off points of which some fail; the points that were tried, in order, and what `work_off` returns."""
+    tried = []
+
+    def run(claim):
+        tried.append(claim.point)
+        if claim.point in fails:
+            raise MemoryError(f"point {claim.point}\nis too large")
+        return 0.5, {}
+
+    try:
+        failed = work_off(ledger, range(num_points), run, poll_seconds=0.01, **options)
+    except MemoryError as error:
+        failed = error
+    return tried, failed
+
+
+def test_a_point_that_fails_does_not_keep_the_others_from_being_done_and_is_tried_again_by_the_next_process(ledger):
+    reported = []
+    after = {"after_failure": lambda claim, error: reported.append((claim.point, error))}
+    tried, failed = run_with_errors(ledger, {0, 2}, **after)
+    assert tried == [0, 1, 2, 3]
+    assert failed == dict(reported) == {0: "MemoryError: point 0 is too large", 2: "MemoryError: point 2 is too large"}
+    assert ledger.failed(range(4)) == failed and [entry.point for entry in ledger.done(range(4))] == [1, 3]
+    tried, failed = run_with_errors(ledger, {2}, **after)
+    assert (tried, list(failed)) == ([0, 2], [2])
+    tried, failed = run_with_errors(ledger, {}, **after)
+    assert (tried, failed) == ([2], {})
+
+
+def test_several_points_that_fail_in_a_row_end_the_process(ledger):
+    tried, error = run_with_errors(ledger, range(9), 9, after_failure=lambda *args: None)
+    assert tried == [0, 1, 2] and isinstance(error, MemoryError)
+
+
+def test_failed_points_are_left_alone_where_they_are_to_be_skipped(ledger):
+    options = {"after_failure": lambda *args: None, "skip_failed": True}
+    tried, failed = run_with_errors(ledger, range(5), 6, **options)
+    assert (tried, list(failed)) == ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4])
+    assert run_with_errors(ledger, {}, 6, **options) == ([], failed)
+
+
+def test_a_kill_is_no_failure(ledger, monkeypatch):
+    ledger.break_off(ledger.claim(range(1)), "MemoryError: too large")
+    assert ledger.failed(range(1))
+    ledger.claim(range(1))
+    assert not ledger.failed(range(1)), "somebody is at work on it"
+    monkeypatch.setattr(ledger_module, "_active", set())  # as if it had been killed
+    assert not ledger.failed(range(1))
+
+
+def test_a_failed_point_that_others_do_meanwhile_is_not_counted_twice(ledger, tmp_path, monkeypatch):
+    rival = Ledger(url(tmp_path), "one")
+    claims = {}
+
+    def run(claim):
+        if claim.point == 0:
+            claims[1] = rival.claim([1])
+            raise MemoryError("too large")
+        raise AssertionError("the rival has the other one")
+
+    original = ledger.claim
+
+    def the_rival_does_it(points, params=None):
+        claim = original(points, params)
+        if claim is None and len(claims) == 1:
+            claims[0] = rival.claim([0])
+            rival.finish(claims[0], 0.1, {})
+        return claim
+
+    monkeypatch.setattr(ledger, "claim", the_rival_does_it)
+    monkeypatch.setattr(protocol.time, "sleep", lambda seconds: rival.finish(claims[1], 0.2, {}))
+    assert work_off(ledger, range(2), run, after_failure=lambda *args: None) == {}
+    assert [entry.value for entry in ledger.done(range(2))] == [0.1, 0.2]
+
+
+def test_what_has_diverged_is_never_the_best(ledger):
+    for value, diverged in ((0.0, "loss of nan"), (0.0, None)):
+        ledger.finish(ledger.claim(range(3)), value, {"diverged": diverged})
+    assert ledger.best(range(2)).point == 1
+    assert ledger.best(range(1)) is None

@@ -10,7 +10,16 @@ import pytest
 
 from hf_vpt.data.sources import FGVC, VTAB
 from hf_vpt.plots import plot_scores
-from hf_vpt.report import CSV_COLUMNS, PUBLISHED, benchmark_means, group_rows, read_runs, to_csv, to_markdown
+from hf_vpt.report import (
+    CSV_COLUMNS,
+    PUBLISHED,
+    benchmark_means,
+    benchmarks_to_csv,
+    group_rows,
+    read_runs,
+    to_csv,
+    to_markdown,
+)
 from hf_vpt.report.benchmarks import BENCHMARKS, VTAB_GROUPS
 from hf_vpt.report.published import BACKBONE
 from hf_vpt.report.rows import TITLES
@@ -196,6 +205,11 @@ def test_missing_tasks_are_named_and_only_whole_groups_have_a_mean(tmp_path):
         {"train_on_validation": False},
         {"images_per_class": 4},
         {"method": "lora"},
+        {"num_broken_images": {"train": 0, "test": 2}},
+        {"num_images": {"train": 900}},
+        {"settings": {"deep": True, "quantization": "4bit"}},
+        {"settings": {"deep": True, "dtype": "bfloat16"}},
+        {"settings": {"deep": True, "layers_to_transform": [11]}},
     ],
 )
 def test_published_scores_stand_only_beside_the_same_setting(tmp_path, changed):
@@ -250,7 +264,7 @@ def test_what_is_no_result_is_an_error_that_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="hold no metrics.json and no results.json"):
         read_runs([tmp_path])
     (tmp_path / "metrics.json").write_text("{}")
-    with pytest.raises(ValueError, match="metrics.json' has no dataset_name, method, test_accuracy, seed"):
+    with pytest.raises(ValueError, match="metrics.json' has no dataset_name, method, seed, test_accuracy, trained"):
         read_runs([tmp_path])
 
 
@@ -290,3 +304,90 @@ def test_the_picture_shows_every_row_with_its_spread(tmp_path, monkeypatch):
         ("linear probe", [50.0], [0.0]),
         ("VPT-Deep", [pytest.approx(55.0)], [pytest.approx(7.0711, abs=1e-3)]),
     ]
+
+
+def test_files_may_have_any_name_and_be_named_by_any_path(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "sweep")
+    (tmp_path / "sweep" / "results.json").rename(tmp_path / "swept.json")
+    write_run(tmp_path / "run", method="linear_probe", settings={})
+    (tmp_path / "run" / "metrics.json").rename(tmp_path / "probe.json")
+    monkeypatch.chdir(tmp_path)
+    paths = ["swept.json", "probe.json", tmp_path / "probe.json", "./run/../swept.json"]
+    assert [(row.name, row.seeds) for row in rows_of(*paths)] == [("linear probe", [0]), ("VPT-Deep", [0, 1])]
+    (tmp_path / "other.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="other.json' has no dataset_name"):
+        read_runs([tmp_path / "other.json"])
+
+
+def test_only_a_sweeps_own_runs_are_passed_over_and_by_any_path(tmp_path, monkeypatch):
+    write_sweep(tmp_path / "sweep")
+    write_run(tmp_path / "sweep" / "probe", method="linear_probe", settings={})
+    monkeypatch.chdir(tmp_path)
+    own_again = Path("sweep/final/seed0/metrics.json")
+    assert [row.name for row in rows_of(tmp_path / "sweep", own_again)] == ["linear probe", "VPT-Deep"]
+
+
+def test_seconds_of_an_interrupted_run_are_not_taken_for_those_of_a_whole_one(tmp_path):
+    for seed, is_whole in enumerate((True, False, False)):
+        timings = {"train_seconds": 10.0 - seed, "train_cpu_seconds": 10.0 - seed, "peak_memory_bytes": 5e6 + seed}
+        write_run(tmp_path / f"seed{seed}", timings | {"is_whole": is_whole}, seed=seed)
+    (row,) = rows_of(tmp_path)
+    assert (row.timing("train_seconds"), row.timing("train_cpu_seconds")) == (10, 10)
+    assert row.timing("peak_memory_bytes") == 5e6 + 1
+
+
+@pytest.mark.parametrize(("attempts", "seconds"), [(1, 14.0), (2, None)])
+def test_the_search_of_a_sweep_has_its_own_seconds_where_no_trial_was_interrupted(tmp_path, attempts, seconds):
+    write_sweep(tmp_path / "sweep")
+    file = tmp_path / "sweep" / "results.json"
+    trials = [{"seconds": 2.0, "attempts": 1}] * 6 + [{"seconds": 2.0, "attempts": attempts}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"trials": trials}))
+    write_run(tmp_path / "alone", {"train_seconds": 9.0}, method="linear_probe", settings={})
+    probe, row = rows = rows_of(tmp_path)
+    assert (probe.search_seconds, row.search_seconds) == (None, seconds)
+    assert row.timing("train_seconds") == 3  # of one final run
+    _, line = csv.DictReader(io.StringIO(to_csv(rows)))
+    assert line["search_seconds"] == ("" if seconds is None else "14.0")
+    text = to_markdown(rows)
+    assert ("| settings tried | seconds for these |" in text) == (seconds is not None)
+    assert "those of one final run" in text and "those of one final run" not in to_markdown([probe])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"images_per_class": 4}, {"settings": {"deep": True, "quantization": "8bit"}}], ids=str
+)
+def test_few_shot_tasks_and_rounded_backbones_are_not_averaged_with_others(tmp_path, changed):
+    write_vtab(tmp_path / "whole", list(VTAB)[:10])
+    write_vtab(tmp_path / "few", list(VTAB)[10:], **changed)
+    (mean,) = benchmark_means(rows_of(tmp_path))
+    assert mean.mean_of_tasks is None and "on different tasks" in mean.trouble
+
+
+def test_means_over_benchmarks_are_written_as_csv_too(tmp_path):
+    write_vtab(tmp_path / "vtab")
+    for name in FGVC:
+        write_run(tmp_path / name, dataset_name=f"fgvc/{name}", dataset_variant="lists")
+    lines = list(csv.DictReader(io.StringIO(benchmarks_to_csv(rows_of(tmp_path)))))
+    assert [(line["benchmark"], line["source"]) for line in lines] == [
+        ("fgvc", "measured"),
+        ("fgvc", "arXiv 2203.12119"),
+        ("vtab", "measured"),
+        ("vtab", "arXiv 2203.12119"),
+        ("vtab", "run again in arXiv 2503.06901"),
+    ]
+    columns = ("Natural", "mean_of_tasks", "mean_of_groups")
+    numbers = [[float(line[name]) if line[name] else None for name in columns] for line in lines]
+    fgvc, published_fgvc, vtab, published, again = numbers
+    assert (fgvc, published_fgvc) == ([None, 50.0, None], [None, 89.11, None])
+    assert vtab == pytest.approx([3.0, 9.0, (3.0 + 8.5 + 14.5) / 3])
+    assert (published, again) == ([78.48, 69.43, 71.96], [None, None, 76.4])
+
+
+def test_published_scores_are_those_of_the_papers():
+    # The mean over tasks weighs the groups by their 7, 4 and 8 tasks, the other one does not.
+    for scores in PUBLISHED:
+        if scores.groups and scores.mean_of_tasks:
+            weighted = sum(number * score for number, score in zip((7, 4, 8), scores.groups)) / 19
+            assert scores.mean_of_tasks == pytest.approx(weighted, abs=0.02), scores
+        if scores.groups and scores.mean_of_groups:
+            assert scores.mean_of_groups == pytest.approx(sum(scores.groups) / 3, abs=0.01), scores

@@ -104,10 +104,17 @@ def test_a_half_written_checkpoint_is_passed_over_for_the_one_before_it(options,
 
 
 def test_a_checkpoint_from_before_the_evaluation_at_the_end_of_its_epoch_leads_to_the_same_end(options, tmp_path):
-    more = ["--method", "vpt", "--prompt_dropout", "0.5"]
-    more += ["--save_strategy", "steps", "--save_steps", "5", "--save_total_limit", "9"]
+    more = "--method vpt --prompt_dropout 0.5 --save_strategy steps --save_steps 5"
     options = [option for option in options if option not in ("--scoring", "online")]
-    words = [*options, *more, "--no_load_best_model_at_end", "--output_dir", str(tmp_path)]
+    words = [
+        *options,
+        *more.split(),
+        "--save_total_limit",
+        "9",
+        "--no_load_best_model_at_end",
+        "--output_dir",
+        str(tmp_path),
+    ]
     results = []
     for resumed in ([], ["--resume_from_checkpoint", str(tmp_path / "checkpoint-5")]):
         results.append(train_classifier(parse_arguments([*words, *resumed])))
@@ -212,7 +219,7 @@ def test_a_run_goes_on_only_with_the_data_and_the_method_it_began_with(options, 
     for part in (settings.model, settings.data):
         if hasattr(part, name):
             setattr(part, name, type(getattr(part, name))(value))
-    identity = RunIdentity(settings.model, settings.data)
+    identity = RunIdentity(settings)
     with pytest.raises(ValueError, match=rf"made with {name} \S+, and a run with {name} {value}.*another output_dir"):
         checkpoints.load_callbacks([identity], find_checkpoints(tmp_path)[0])
 
@@ -223,6 +230,25 @@ def test_another_division_of_the_data_is_refused_before_training(options, tmp_pa
         run(options, tmp_path, "--split_seed", "3", "--resume_from_checkpoint", "auto")
     # Lengths may change.
     run(options, tmp_path, "--num_train_epochs", "3", "--resume_from_checkpoint", "auto")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    ["--seed 1", "--learning_rate 0.5", "--weight_decay 0.1", "--prompt_dropout 0.2", "--num_virtual_tokens 2"]
+    + ["--augmentation affine", "--optim sgd", "--metric_for_best_model loss"],
+)
+def test_results_never_tell_of_settings_that_a_checkpoint_was_not_trained_with(options, tmp_path, changed):
+    # A seed or a rate of its own comes back with a checkpoint, so those asked for would have had no effect.
+    run(options, tmp_path, "--num_train_epochs", "2")
+    name = changed.removeprefix("--").partition(" ")[0]
+    with pytest.raises(ValueError, match=f"checkpoint made with {name} .*, and a run with {name} .*the old settings"):
+        run(options, tmp_path, *changed.split(), "--resume_from_checkpoint", "auto")
+
+
+def test_seconds_of_a_run_that_went_on_are_told_to_be_part_of_it(options, tmp_path):
+    for more, is_whole in ((["--num_train_epochs", "2"], True), (["--resume_from_checkpoint", "auto"], False)):
+        run(options, tmp_path, *more)
+        assert json.loads((tmp_path / "timings.json").read_text())["is_whole"] is is_whole
 
 
 def test_a_checkpoint_that_does_not_exist_is_an_error_that_says_so(options, tmp_path):

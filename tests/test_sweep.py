@@ -1,6 +1,7 @@
 """A sweep keeps to the published protocol: it chooses on validation images, and tests once, at the end."""
 
 import json
+import math
 import multiprocessing
 import time
 
@@ -10,11 +11,11 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
+from transformers import TrainerState, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from hf_vpt.data.decoding import BrokenImageError
 from hf_vpt.report import group_rows, read_runs
-from hf_vpt.sweep import PUBLISHED_GRID, parse_sweep, protocol, run_sweep, runs
+from hf_vpt.sweep import PUBLISHED_GRID, Claim, Ledger, ledger, parse_sweep, protocol, run_sweep, runs
 from hf_vpt.training import (
     BASELINES,
     ImageClassificationTrainer,
@@ -26,6 +27,7 @@ from hf_vpt.training import (
     train_classifier,
 )
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete
+from hf_vpt.training.record import describe_settings
 from hf_vpt.tuners import METHODS
 
 
@@ -306,9 +308,8 @@ def test_settings_are_drawn_from_ranges_and_an_interrupted_trial_keeps_what_it_d
 
 
 def test_another_grid_in_the_same_folder_is_refused(words, monkeypatch):
-    monkeypatch.setattr(protocol, "work_off", lambda *args: None)
-    with pytest.raises(AttributeError):  # nothing was done, so there is nothing to choose
-        sweep(words)
+    fake_runs(monkeypatch)
+    sweep(words)
     with pytest.raises(ValueError, match="made with axes .*0.3.*A sweep goes on with the settings it began with"):
         sweep(words, SPACE, "learning_rate=0.5")
     with pytest.raises(ValueError, match="made with num_train_epochs 3.*and a sweep with num_train_epochs 4"):
@@ -377,3 +378,136 @@ def test_settings_of_every_method_can_be_searched(method, tmp_path):
     # VAPT has a setting called grid, which stays its own.
     if method == "vapt":
         assert parse_sweep([*words, "--grid", "4", "4"]).settings.peft_config.grid == [4, 4]
+
+
+def fake_runs(monkeypatch, fails=(), diverge=()):
+    """Trials and final runs that cost nothing; the numbers of those that were begun."""
+    begun = []
+
+    def trial(plan, claim, params, loader):
+        begun.append(claim.point)
+        if claim.point in fails:
+            raise MemoryError(f"{params} is too large")
+        value, diverged = (0.0, "Found a loss of nan.") if claim.point in diverge else (0.1 * claim.point, None)
+        return value, {"scores": {}, "best_epoch": 1, "diverged": diverged, "seconds": 1}
+
+    def final(plan, claim, params, loader):
+        begun.append(f"seed {claim.point}")
+        return 0.5, {"metrics": {"test_accuracy": 0.5}, "timings": {}, "seconds": 1}
+
+    monkeypatch.setattr(protocol, "run_trial", trial)
+    monkeypatch.setattr(protocol, "run_final", final)
+    return begun
+
+
+def test_a_trial_that_fails_keeps_no_other_from_its_score_and_is_tried_again_before_the_choice(words, monkeypatch):
+    begun = fake_runs(monkeypatch, fails=[1])
+    plan = parse_sweep([*words, *GRID, *FINAL_SEEDS])
+    lines = []
+    with pytest.raises(RuntimeError, match="1 of 4 trials have failed .trial 1: MemoryError.*add --skip_failed"):
+        run_sweep(plan, lines.append)
+    assert begun == [0, 1, 2, 3]
+    assert any(line.startswith("trial 1 failed: MemoryError") for line in lines)
+    results = json.loads((plan.folder / "results.json").read_text())
+    assert not results["complete"] and [trial["trial"] for trial in results["failed"]] == [1]
+    begun = fake_runs(monkeypatch)
+    results, lines = sweep(words)
+    assert begun == [1, "seed 0", "seed 5"] and results["complete"] and not results["failed"]
+    assert "3 done" in lines[0]
+
+
+def test_where_failed_trials_are_skipped_the_best_of_the_others_is_tested(words, monkeypatch):
+    begun = fake_runs(monkeypatch, fails=[3])
+    for _ in range(2):
+        results, _ = sweep(words, "--skip_failed")
+        assert results["complete"] and results["choice"]["trial"] == 2
+        assert [trial["trial"] for trial in results["failed"]] == [3]
+    assert begun == [0, 1, 2, 3, "seed 0", "seed 5"]
+
+
+def test_where_all_trials_diverge_nothing_is_chosen_and_tested(words, monkeypatch):
+    begun = fake_runs(monkeypatch, diverge=range(4))
+    with pytest.raises(RuntimeError, match="All 4 trials have diverged, the first one so: Found a loss of nan"):
+        sweep(words)
+    assert begun == [0, 1, 2, 3]
+
+
+def test_a_score_that_is_no_number_counts_as_diverged(words, tmp_path, monkeypatch):
+    class Trainer:
+        state = TrainerState(epoch=1.0)
+
+        def train(self, **kwargs): ...
+
+        def evaluate(self, **kwargs):
+            return {"validation_loss": math.nan, "validation_accuracy": 0.3}
+
+    monkeypatch.setattr(runs, "build_trainer", lambda *args: (Trainer(), {}))
+    plan = parse_sweep([*words, *GRID, "--metric_for_best_model", "loss", "--no_load_best_model_at_end"])
+    value, result = runs.run_trial(plan, Claim(0, 0, {}, 0, ""), plan.points[0], None)
+    assert value == math.inf and "validation_loss is nan" in result["diverged"]
+
+
+def test_axes_in_another_order_are_another_sweep(words, monkeypatch):
+    # The same four settings have other numbers, so that some would run twice and others never.
+    fake_runs(monkeypatch)
+    sweep(words)
+    with pytest.raises(ValueError, match="made with axes"):
+        sweep(words, SPACE, *reversed(GRID[1:]))
+
+
+def test_a_folder_holds_one_sweep(words, tmp_path, monkeypatch):
+    fake_runs(monkeypatch)
+    sweep(words)
+    for changed in (["--study_name", "other"], ["--storage", f"sqlite:///{tmp_path}/other.db"]):
+        with pytest.raises(ValueError, match="with the files of a sweep with study_name sweep, and a sweep with"):
+            sweep(words, *changed)
+
+
+def test_a_sweep_goes_on_by_whatever_path_its_folder_is_named(words, tmp_path, monkeypatch):
+    first, _ = sweep_of_nothing(words, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    again, begun = sweep_of_nothing([*words, "--output_dir", "out"], monkeypatch)
+    assert again == first and not begun
+
+
+def sweep_of_nothing(words, monkeypatch):
+    begun = fake_runs(monkeypatch)
+    return sweep(words)[0], begun
+
+
+def test_what_changes_scores_is_part_of_a_sweep_and_versions_are_not(words):
+    plan, other = (parse_sweep([*words, *GRID, *more]) for more in ([], ["--dataloader_drop_last"]))
+    assert plan.identity != other.identity
+    assert not [name for name in plan.identity if name.endswith("version")]
+    # Several GPUs in one process make one batch of theirs.
+    plan.settings.training._n_gpu = 2
+    assert plan.identity["global_batch_size"] == 16
+    for free in (["--dataloader_num_workers", "2"], ["--final_seeds", "7"], ["--logging_strategy", "no"]):
+        assert parse_sweep([*words, *GRID, *free]).identity == parse_sweep([*words, *GRID]).identity
+
+
+def test_a_final_run_keeps_its_checkpoint_until_it_is_written_down(words, monkeypatch):
+    finish = Ledger.finish
+
+    def die(self, claim, *args):
+        if "/final/" in self.study_name:
+            ledger._active.discard(claim.token)  # as the end of the process would
+            raise KeyboardInterrupt
+        return finish(self, claim, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(words, SPACE, "learning_rate=0.1")
+    final = parse_sweep([*words, *GRID]).final_folder(0)
+    assert any(is_complete(checkpoint) for checkpoint in find_checkpoints(final))
+    results, _ = sweep(words, SPACE, "learning_rate=0.1")
+    assert results["final"][0]["timings"]["is_whole"] is False and not find_checkpoints(final)
+
+
+@pytest.mark.parametrize("axis", ["adam_beta1=0.5", "adam_epsilon=0.1", "model_revision=other", "weight_decay=0.3"])
+def test_results_tell_of_settings_that_may_be_axes(words, axis):
+    name, value = axis.split("=")
+    plan = parse_sweep([*words, SPACE, axis])
+    found, before = (describe_settings(own) for own in (plan.trial_settings(0, plan.points[0]), plan.settings))
+    assert str(found[name]) == value and {key for key in found if found[key] != before[key]} == {name}

@@ -4,10 +4,11 @@ from .benchmarks import BenchmarkMean, benchmark_means
 from .published import PUBLISHED, PublishedScores
 from .results import Run, read_runs
 from .rows import Row, group_rows
-from .tables import CSV_COLUMNS, to_csv, to_markdown
+from .tables import BENCHMARK_COLUMNS, CSV_COLUMNS, benchmarks_to_csv, to_csv, to_markdown
 
 
 __all__ = [
+    "BENCHMARK_COLUMNS",
     "CSV_COLUMNS",
     "PUBLISHED",
     "BenchmarkMean",
@@ -15,6 +16,7 @@ __all__ = [
     "Row",
     "Run",
     "benchmark_means",
+    "benchmarks_to_csv",
     "group_rows",
     "read_runs",
     "to_csv",

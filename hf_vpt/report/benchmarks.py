@@ -20,6 +20,9 @@ VTAB_GROUPS = {
 }
 BENCHMARKS = {"vtab": VTAB_GROUPS, "fgvc": {"FGVC": tuple(FGVC)}}
 
+# Of the backbone, as published; others round what prompts work upon.
+_FORMATS = {"quantization": "none", "dtype": "float32"}
+
 
 @dataclass(frozen=True)
 class BenchmarkMean:
@@ -86,16 +89,24 @@ def _mean(benchmark: str, title: str, backbone: str, rows: Sequence[Row]) -> Ben
 def _trouble(by_task: dict[str, list[Row]]) -> str:
     if several := [task for task, rows in by_task.items() if len(rows) > 1]:
         return f"several settings on {', '.join(several)}, of which only one can be averaged"
-    for name in ("dataset_variant", "preprocessing", "train_on_validation"):
-        values = {str(row.runs[0].metrics.get(name)) for rows in by_task.values() for row in rows}
+    runs = [row.runs[0] for rows in by_task.values() for row in rows]
+    for name in ("dataset_variant", "preprocessing", "train_on_validation", "images_per_class", *_FORMATS):
+        values = {str(run.metrics.get(name, run.settings.get(name, _FORMATS.get(name)))) for run in runs}
         if len(values) > 1:
             return f"{name} is {' and '.join(sorted(values))} on different tasks"
     return ""
 
 
 def _is_as_published(row: Row, benchmark: str) -> bool:
-    metrics = row.runs[0].metrics
-    # Final runs on VTAB-1k learn from all 1,000 images.
-    on_all = benchmark != "vtab" or metrics.get("train_on_validation") is True
+    run = row.runs[0]
+    metrics = run.metrics
     is_same = metrics.get("dataset_variant") == VARIANTS[benchmark] and metrics.get("preprocessing") == PREPROCESSING
-    return on_all and is_same and metrics.get("images_per_class") is None
+    is_same &= all(run.settings.get(name, value) == value for name, value in _FORMATS.items())
+    is_same &= run.settings.get("layers_to_transform") is None  # prompts in every block
+    # Neither few-shot nor without the images that could not be read.
+    is_same &= metrics.get("images_per_class") is None and not any((metrics.get("num_broken_images") or {}).values())
+    if benchmark == "vtab":
+        # Final runs on VTAB-1k learn from all 1,000 images.
+        is_same &= metrics.get("train_on_validation") is True
+        is_same &= (metrics.get("num_images") or {}).get("train", 1000) == 1000
+    return is_same

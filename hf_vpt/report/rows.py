@@ -86,9 +86,14 @@ class Row:
     def tuned_without_head(self) -> int:
         return self.runs[0].metrics["trained_parameters_without_head"]
 
+    @property
+    def search_seconds(self) -> float | None:
+        return self.runs[0].search_seconds
+
     def timing(self, name: str) -> float | None:
-        """Median over the runs that tell it; None if none does."""
-        values = [run.timings[name] for run in self.runs if run.timings.get(name) is not None]
+        """Median over the runs that tell it; None if none does. One that was interrupted tells no seconds."""
+        runs = [run for run in self.runs if run.timings.get("is_whole", True) or not name.endswith("seconds")]
+        values = [run.timings[name] for run in runs if run.timings.get(name) is not None]
         return statistics.median(values) if values else None
 
 
@@ -130,11 +135,7 @@ def title_of(metrics: dict[str, Any]) -> str:
 def _key(run: Run) -> dict[str, Any]:
     names = ("dataset_name", "method", "model_name_or_path", *_ALSO_THE_SAME)
     own = {name: run.metrics.get(name) for name in names}
-    return own | {"num_trials": run.num_trials} | {f"settings {k}": v for k, v in _settings(run).items()}
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    return dict(run.metrics.get("settings") or {})
+    return own | {"num_trials": run.num_trials} | {f"settings {k}": v for k, v in run.settings.items()}
 
 
 def _differences(groups: Sequence[Sequence[Run]]) -> list[str]:

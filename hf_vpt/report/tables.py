@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .benchmarks import BenchmarkMean, benchmark_means
+from .benchmarks import BENCHMARKS, BenchmarkMean, benchmark_means
 from .rows import Row
 
 
 CSV_COLUMNS = (
     *("dataset", "method", "backbone", "differs", "mean", "std", "num_seeds", "seeds", "tuned_parameters"),
     *("tuned_without_head", "train_seconds", "train_cpu_seconds", "peak_memory_bytes", "settings_tried"),
+    "search_seconds",
 )
+_MEANS = ("mean_of_tasks", "mean_of_groups")
+BENCHMARK_COLUMNS = ("benchmark", "method", "backbone", "source", *BENCHMARKS["vtab"], *_MEANS)
 _HEADINGS = {"vtab": "VTAB-1k", "fgvc": "FGVC"}
 
 
@@ -30,6 +33,11 @@ def to_markdown(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
         own = [row for row in rows if row.dataset == dataset]
         for backbone in dict.fromkeys(row.backbone for row in own):
             parts += [f"## {dataset}, {backbone}", _dataset_table([row for row in own if row.backbone == backbone])]
+    if len({row.num_trials is None for row in rows}) > 1:
+        parts.append(
+            "Seconds and memory of a sweep are those of one final run. It is not evaluated between epochs, as a run "
+            "by itself is."
+        )
     means = benchmark_means(rows)
     for benchmark in dict.fromkeys(mean.benchmark for mean in means):
         parts += _benchmark_parts(benchmark, [mean for mean in means if mean.benchmark == benchmark])
@@ -40,14 +48,33 @@ def to_markdown(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Write one line for each row, with numbers as they are; accuracies are in per cent."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    lines = []
     for row in rows:
         timings = [row.timing(name) for name in ("train_seconds", "train_cpu_seconds", "peak_memory_bytes")]
         seeds = " ".join(map(str, row.seeds))
         values = [row.dataset, row.title, row.backbone, row.differs, row.mean, row.std, len(row.runs), seeds]
-        writer.writerow([*values, row.tuned, row.tuned_without_head, *timings, row.num_trials])
+        lines.append([*values, row.tuned, row.tuned_without_head, *timings, row.num_trials, row.search_seconds])
+    return _csv(CSV_COLUMNS, lines)
+
+
+def benchmarks_to_csv(rows: Sequence[Row]) -> str:
+    """Write one line for each mean over a benchmark, and for the published ones beside it; all are in per cent.
+
+    The source is `measured`, or where scores are published. FGVC, which has no groups, has `mean_of_tasks` alone.
+    """
+    lines = []
+    for mean in benchmark_means(rows):
+        for source, scores in _lines_of(mean):
+            own = scores if mean.benchmark == "vtab" else [None, None, None, *scores, None]
+            lines.append([mean.benchmark, mean.title, mean.backbone, source or "measured", *own])
+    return _csv(BENCHMARK_COLUMNS, lines)
+
+
+def _csv(columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(lines)
     return stream.getvalue()
 
 
@@ -64,6 +91,7 @@ def _dataset_table(rows: Sequence[Row]) -> str:
         "CPU seconds": [_number(row.timing("train_cpu_seconds")) for row in rows],
         "peak memory, MB": [_number(row.timing("peak_memory_bytes"), 1e-6) for row in rows],
         "settings tried": [_number(row.num_trials) for row in rows],
+        "seconds for these": [_number(row.search_seconds) for row in rows],
     }
     # A column that nobody knows anything for says nothing.
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
@@ -72,27 +100,41 @@ def _dataset_table(rows: Sequence[Row]) -> str:
 
 def _benchmark_parts(benchmark: str, means: Sequence[BenchmarkMean]) -> list[str]:
     groups = list(means[0].groups)
-    several = len(groups) > 1
     num_tasks = {"vtab": "19 tasks", "fgvc": "5 sets"}[benchmark]
-    head = ["method", "backbone", *(groups if several else ()), f"mean of {num_tasks}"]
-    head += ["mean of 3 groups"] if several else []
-    lines = []
+    head = ["method", "backbone", f"mean of {num_tasks}"]
+    if benchmark == "vtab":
+        head = ["method", "backbone", *groups, f"mean of {num_tasks}", "mean of 3 groups"]
+    lines, notes = [], []
     for mean in means:
-        own = [*(mean.groups.values() if several else ()), mean.mean_of_tasks]
-        lines.append([mean.title, mean.backbone, *map(_score, own + ([mean.mean_of_groups] if several else []))])
-        for published in mean.published:
-            scores = [*(published.groups or [None] * 3), published.mean_of_tasks, published.mean_of_groups]
-            scores = scores if benchmark == "vtab" else [published.fgvc]
-            if any(score is not None for score in scores):
-                lines.append([f"published: {published.source}", mean.backbone, *map(_score, scores)])
-    notes = []
-    for mean in means:
+        for source, scores in _lines_of(mean):
+            name = mean.title if source is None else f"published: {source}"
+            lines.append([name, mean.backbone, *map(_score, scores)])
         if mean.missing:
             notes.append(f"- {mean.title}, {mean.backbone}: no result on {', '.join(mean.missing)}.")
         if mean.trouble:
             notes.append(f"- {mean.title}, {mean.backbone}: no mean, because of {mean.trouble}.")
+    if benchmark == "vtab" and len(lines) > len(means):
+        notes.append(
+            "- Published scores are on VTAB-1k as their authors prepared it. On CIFAR-100 the archive is known to "
+            "give about ten points less than the original images."
+        )
     parts = [f"## {_HEADINGS[benchmark]}, test accuracy in %", _table(head, lines)]
     return [*parts, "\n".join(notes)] if notes else parts
+
+
+def _lines_of(mean: BenchmarkMean) -> list[tuple[str | None, list[float | None]]]:
+    """Measured scores, whose source is None, and published ones that say something: groups, if any, and means."""
+    if mean.benchmark == "fgvc":
+        published = [(scores.source, [scores.fgvc]) for scores in mean.published]
+        own = [mean.mean_of_tasks]
+    else:
+        published = [
+            (scores.source, [*(scores.groups or [None] * 3), scores.mean_of_tasks, scores.mean_of_groups])
+            for scores in mean.published
+        ]
+        own = [*mean.groups.values(), mean.mean_of_tasks, mean.mean_of_groups]
+    told = [(source, scores) for source, scores in published if any(score is not None for score in scores)]
+    return [(None, own), *told]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:

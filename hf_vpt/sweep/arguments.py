@@ -31,11 +31,14 @@ class SweepArguments:
             evenly in their logarithm, everything else from the values.
         num_trials: How many settings `"tpe"` tries, at least 1.
         final_seeds: Seeds of the runs that train the best setting anew and are tested, at least one, all different.
+        skip_failed: Choose among the others where trials have ended with an error, and try those no more. Default:
+            the sweep stops before it chooses, and tries them once more when it is started again.
         storage: Where trials are written down and shared out: a database URL that Optuna knows. Default: the SQLite
             file `sweep.db` in `output_dir`. For several machines, one server: `postgresql://user@host/name`.
-        study_name: Name of the sweep in the storage. Default: `output_dir`.
+        study_name: Name of the sweep in the storage. Default: `sweep` in the file of `output_dir`, which is itself the
+            name in any other storage.
         stale_after: Seconds, at least 60, without a sign of life after which a trial of another machine counts as
-            killed. Of processes on the same machine that is known at once.
+            killed. Of processes on the same machine, since its last start, that is known at once.
 
     Raises:
         ValueError: A setting is out of range, or two of them contradict each other.
@@ -49,8 +52,9 @@ class SweepArguments:
     final_seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the runs that are tested."}
     )
+    skip_failed: bool = field(default=False, metadata={"help": "Choose although trials have failed."})
     storage: str | None = field(default=None, metadata={"help": "Database URL; default: a file in output_dir."})
-    study_name: str | None = field(default=None, metadata={"help": "Name in the storage; default: output_dir."})
+    study_name: str | None = field(default=None, metadata={"help": "Name of the sweep in the storage."})
     stale_after: float = field(default=300.0, metadata={"help": "Seconds of silence that mean killed."})
 
     def __post_init__(self):

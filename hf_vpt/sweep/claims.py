@@ -1,4 +1,4 @@
-"""A point of a sweep that somebody is at work on, and one that is done."""
+"""A point of a sweep that somebody is at work on, one that is done, and the error of one that failed."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ class Entry:
     value: float
     result: Mapping[str, Any]
     attempts: int
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training broke off with a loss that is no number, so that the value is none to choose by."""
+        return bool(self.result.get("diverged"))
+
+
+def describe_error(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .claims import Claim, Entry
+from .claims import Claim, Entry, describe_error
 from .owners import is_alive, this_process
 from .storage import import_optuna, open_study
 
@@ -91,10 +91,15 @@ class Ledger:
         return [entries[point] for point in points if point in entries]
 
     def best(self, points: Sequence[int]) -> Entry | None:
-        """Return the best point; of equally good ones the first."""
-        entries = self.done(points)
+        """Return the best point; of equally good ones the first. Where all have diverged there is none."""
+        entries = [entry for entry in self.done(points) if not entry.diverged]
         sign = 1 if self.greater_is_better else -1
         return max(entries, key=lambda entry: sign * entry.value, default=None)
+
+    def failed(self, points: Sequence[int]) -> dict[int, str]:
+        """Return the errors of points whose last attempt ended with one, and that nobody is at work on again."""
+        last = {point: trials[-1] for point, trials in self._open_points(points) if trials}
+        return {point: trial.user_attrs["error"] for point, trial in last.items() if "error" in trial.user_attrs}
 
     def num_at_work(self) -> int:
         """Number of claims that are not known to be broken off."""
@@ -111,10 +116,10 @@ class Ledger:
             _active.discard(claim.token)
         return True
 
-    def break_off(self, claim: Claim) -> None:
-        """Give a point back."""
+    def break_off(self, claim: Claim, error: str | None = None) -> None:
+        """Give a point back; with the error, if it was one and nobody who ended the process."""
         _active.discard(claim.token)
-        self._fail(claim.trial_id)
+        self._fail(claim.trial_id, error)
 
     @contextmanager
     def at_work(self, claim: Claim) -> Iterator[None]:
@@ -124,8 +129,8 @@ class Ledger:
         thread.start()
         try:
             yield
-        except BaseException:
-            self.break_off(claim)
+        except BaseException as exception:
+            self.break_off(claim, describe_error(exception) if isinstance(exception, Exception) else None)
             raise
         finally:
             ended.set()
@@ -228,9 +233,11 @@ class Ledger:
             except Exception:  # a busy database, or a trial that was taken over, which `finish` tells of
                 continue
 
-    def _fail(self, trial_id: int) -> bool:
+    def _fail(self, trial_id: int, error: str | None = None) -> bool:
         """End a trial that came to nothing; False if it has come to something."""
         try:
+            if error is not None:
+                self.storage.set_trial_user_attr(trial_id, "error", error)
             self.storage.set_trial_state_values(trial_id, self._state("FAIL"))
         except RuntimeError:
             return self.storage.get_trial(trial_id).state.name != "COMPLETE"

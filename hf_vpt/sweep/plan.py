@@ -17,7 +17,8 @@ from .arguments import PUBLISHED_GRID, SweepArguments
 
 
 # Scores on other images, or by another measure, do not compare; seeds are not for choosing; folders are the sweep's.
-NO_AXES = {*DATA_FIELDS, *SPLIT_FIELDS, "metric_for_best_model", "greater_is_better", "seed", "data_seed"}
+NO_AXES = {*DATA_FIELDS, *SPLIT_FIELDS, "dataset_dir", "broken_images"}
+NO_AXES |= {"metric_for_best_model", "greater_is_better", "seed", "data_seed"}
 NO_AXES |= {"output_dir", "resume_from_checkpoint", "push_to_hub"} | {
     f.name for f in dataclasses.fields(SweepArguments)
 }
@@ -25,8 +26,11 @@ NO_AXES |= {"output_dir", "resume_from_checkpoint", "push_to_hub"} | {
 # What the same sweep may have otherwise on another machine or after a restart.
 MAY_DIFFER = {"output_dir", "logging_dir", "run_name", "disable_tqdm", "use_cpu", "report_to", "cache_dir"}
 MAY_DIFFER |= {"dataset_dir", "resume_from_checkpoint", "save_total_limit", "project", "trackio_space_id"}
+MAY_DIFFER |= {"hf_vpt_version", "peft_version"}
 MAY_DIFFER_PREFIXES = (
-    "dataloader_",
+    "dataloader_num_workers",
+    "dataloader_p",  # pinned memory, prefetching, persistent workers
+    "dataloader_multiprocessing_context",
     "log_",
     "logging_",
     "hub_",
@@ -66,7 +70,8 @@ class SweepPlan:
 
     @property
     def study_name(self) -> str:
-        return self.sweep.study_name or self.folder.as_posix()
+        # A file in the folder belongs to the folder, by whatever path somebody comes to it.
+        return self.sweep.study_name or (self.folder.as_posix() if self.sweep.storage else "sweep")
 
     @property
     def storage_url(self) -> str:
@@ -94,7 +99,9 @@ class SweepPlan:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes it this sweep: it may only go on with the same."""
-        own = {"axes": {name: list(values) for name, values in self.axes.items()}, "sampler": self.sweep.sampler}
+        # A list, because the order of the axes decides which number each point has.
+        own: dict[str, Any] = {"axes": [[name, list(values)] for name, values in self.axes.items()]}
+        own |= {"sampler": self.sweep.sampler, "global_batch_size": self.settings.training.global_batch_size}
         for part in (self.settings.model, self.settings.data, self.settings.training, self.settings.peft_config):
             for name, value in {} if part is None else _plain(part).items():
                 if name not in MAY_DIFFER | self.axes.keys() and not name.startswith(MAY_DIFFER_PREFIXES):

@@ -9,14 +9,17 @@ from typing import Any
 
 from ..data.augmented import draw_seed
 from ..training import SharedLoader
-from .claims import Claim, Entry
+from .claims import Claim, Entry, describe_error
 from .ledger import Ledger
 from .plan import SweepPlan
-from .runs import remove_checkpoints, run_final, run_trial
-from .summary import collect, describe, progress_line, write_results
+from .runs import LOG_FILE, remove_checkpoints, run_final, run_trial
+from .summary import check_folder, collect, describe, progress_line, write_results
 
 
 POLL_SECONDS = 2.0
+
+# Trials in a row that fail in one process before it stops: what is wrong is then no setting of one of them.
+MAX_FAILURES = 3
 
 
 def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[str, Any]:
@@ -29,6 +32,10 @@ def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[st
        Folder: `final/seed<k>`, with everything that `train_classifier` writes.
     4. Each of these is tested once. Nothing has looked at the test split before.
 
+    A trial whose loss is no number any more, which too large learning rates lead to, is done and is never chosen. One
+    that ends with an error, too little memory for one, is reported, and the others are done first; the sweep then
+    stops before it chooses, unless `skip_failed` is set. Started again, it tries what has failed once more.
+
     A sweep that was killed goes on when it is started again: what is done stays done, and a run that was under way
     goes on from its last checkpoint. Any number of processes and machines may work on one sweep: start each with the
     same settings, and with the same storage. On machines without common folders, each keeps the files of its own runs.
@@ -40,16 +47,23 @@ def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[st
     Returns:
         What `results.json` in `output_dir` holds: the grid, each trial, the choice, each seed's metrics, and mean and
         standard deviation of the test scores.
+
+    Raises:
+        ValueError: The folder or the study is that of another sweep.
+        RuntimeError: Trials have failed, or all have diverged.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
     open_ledger = functools.partial(
         Ledger, plan.storage_url, greater_is_better=plan.greater_is_better, stale_after=plan.sweep.stale_after
     )
     trials = open_ledger(study_name=plan.study_name, identity=plan.identity)
+    check_folder(plan)
     shared = SharedLoader()
     points = range(plan.num_trials)
     params = dict(enumerate(plan.points)) if plan.sweep.sampler == "grid" else None
-    report(f"{len(points)} trials over {', '.join(plan.axes)}, in {plan.folder}, study '{plan.study_name}'.")
+    done = len(trials.done(points))
+    begun = f"{done} done, " if done else ""
+    report(f"{len(points)} trials over {', '.join(plan.axes)}, {begun}in {plan.folder}, study '{plan.study_name}'.")
 
     def after_trial(entry: Entry) -> None:
         report(progress_line(plan, trials, points, entry))
@@ -59,18 +73,32 @@ def run_sweep(plan: SweepPlan, report: Callable[[str], None] = print) -> dict[st
                 remove_checkpoints(plan.trial_folder(other.point))
         write_results(plan.folder, collect(plan, trials, None))
 
-    work_off(trials, points, functools.partial(_trial, plan, trials, shared), after_trial, params)
+    def after_failure(claim: Claim, error: str) -> None:
+        report(f"trial {claim.point} failed: {error} (more in {plan.trial_folder(claim.point) / LOG_FILE})")
+        write_results(plan.folder, collect(plan, trials, None))
+
+    run = functools.partial(_trial, plan, trials, shared)
+    failed = work_off(trials, points, run, after_trial, params, after_failure, plan.sweep.skip_failed)
     best = trials.best(points)
+    if best is None or (failed and not plan.sweep.skip_failed):
+        raise RuntimeError(_nothing_to_choose(plan, trials, failed))
     report(f"Chosen: trial {best.point} ({describe(best.params)}), validation {plan.metric} {best.value:.4f}.")
 
     # Another choice, after more trials, has final runs of its own.
     finals = open_ledger(study_name=f"{plan.study_name}/final/{best.point}", identity=plan.identity)
     seeds = plan.sweep.final_seeds
+
+    def after_final(entry: Entry) -> None:
+        # Only now that it is written down; the weights themselves have been saved beside them.
+        for other in finals.done(seeds):
+            remove_checkpoints(plan.final_folder(other.point))
+        report(progress_line(plan, finals, seeds, entry, is_trial=False))
+
     work_off(
         finals,
         seeds,
         lambda claim: run_final(plan, claim, best.params, shared),
-        lambda entry: report(progress_line(plan, finals, seeds, entry, is_trial=False)),
+        after_final,
     )
     results = collect(plan, trials, finals)
     write_results(plan.folder, results)
@@ -83,8 +111,10 @@ def work_off(
     run: Callable[[Claim], tuple[float, Mapping[str, Any]]],
     after: Callable[[Entry], None] | None = None,
     params: Mapping[int, Mapping[str, Any]] | None = None,
+    after_failure: Callable[[Claim, str], None] | None = None,
+    skip_failed: bool = False,
     poll_seconds: float = POLL_SECONDS,
-) -> None:
+) -> dict[int, str]:
     """Do points until all are done, by this process or by others at work on the same ledger.
 
     Args:
@@ -93,20 +123,57 @@ def work_off(
         run: Does one, and returns its value and what else is to be kept.
         after: Called with each point that this process has done.
         params: Settings of each point, to be written down with it.
+        after_failure: Called with each that ended with an error, and the error; the others are done then. Default: the
+            error is raised. It always is where `MAX_FAILURES` in a row have failed, unless these are skipped.
+        skip_failed: What has failed once, in any process, is not tried again. Default: once more by each process.
         poll_seconds: How often to look whether others have come to an end, or been killed.
+
+    Returns:
+        What has failed, and how; the rest is done.
     """
+    failed_here: set[int] = set()
+    num_in_a_row = 0
     while True:
-        claim = ledger.claim(points, params)
+        failed = ledger.failed(points)
+        given_up = set(failed) if skip_failed else failed_here & failed.keys()
+        claim = ledger.claim([point for point in points if point not in given_up], params)
         if claim is not None:
-            with ledger.at_work(claim):
-                value, result = run(claim)
+            try:
+                with ledger.at_work(claim):
+                    value, result = run(claim)
+            except Exception as error:
+                failed_here.add(claim.point)
+                num_in_a_row += 1
+                if after_failure is None or (num_in_a_row == MAX_FAILURES and not skip_failed):
+                    raise
+                after_failure(claim, describe_error(error))
+                continue
+            num_in_a_row = 0
             if ledger.finish(claim, value, result) and after is not None:
                 after(next(entry for entry in ledger.done(points) if entry.point == claim.point))
-        elif len(ledger.done(points)) == len(points):
+            continue
+        done = {entry.point for entry in ledger.done(points)}
+        if done | given_up == set(points):
             ledger.tidy()
-            return
-        else:
-            time.sleep(poll_seconds)
+            return {point: failed[point] for point in sorted(given_up - done)}
+        time.sleep(poll_seconds)
+
+
+def _nothing_to_choose(plan: SweepPlan, trials: Ledger, failed: Mapping[int, str]) -> str:
+    """Say why a sweep stops before it chooses."""
+    done = trials.done(range(plan.num_trials))
+    if not failed:
+        return (
+            f"All {len(done)} trials have diverged, the first one so: {done[0].result['diverged']} A sweep chooses "
+            "among scores: repair what is wrong, or give it other settings, and another output_dir."
+        )
+    errors = "; ".join(f"trial {number}: {error}" for number, error in failed.items())
+    skip = ", or add --skip_failed to choose among the others" if not plan.sweep.skip_failed and done else ""
+    again = "without --skip_failed" if plan.sweep.skip_failed else "to try them once more"
+    return (
+        f"{len(failed)} of {plan.num_trials} trials have failed ({errors}). A sweep chooses when all are done: give "
+        f"the same command again once the reason is gone, {again}{skip}."
+    )
 
 
 def _trial(plan: SweepPlan, ledger: Ledger, shared: SharedLoader, claim: Claim) -> tuple[float, dict[str, Any]]:

@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..training import SharedLoader, build_trainer, train_classifier
+from ..training import Settings, SharedLoader, build_trainer, train_classifier
 from ..training.checkpoints import find_checkpoints
 from ..training.experiment import TIMINGS_FILE, epoch_of_weights
 from .claims import Claim
@@ -30,7 +31,7 @@ def run_trial(
 ) -> tuple[float, dict[str, Any]]:
     """Train on the train split, and score on the validation split with the best epoch's weights.
 
-    A loss that is no number any more, which too large learning rates lead to, is the worst score and no error.
+    A loss or score that is no number, which too large learning rates lead to, is the worst value and no error.
 
     Returns:
         The score, and what else is worth knowing: scores by name, the epoch they belong to, seconds.
@@ -38,25 +39,22 @@ def run_trial(
     folder = plan.trial_folder(claim.point)
     settings = plan.trial_settings(claim.point, params, *resume_words(folder, claim.attempt))
     start = time.monotonic()
-    with _quiet(folder):
+    scores, epoch, diverged, value = {}, None, None, math.nan
+    with _run(folder):
         try:
-            trainer, _ = build_trainer(settings, shared)
-            trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
-            scores = trainer.evaluate(metric_key_prefix="validation")
-            epoch = epoch_of_weights(trainer.state, settings.training.load_best_model_at_end)
-            del trainer
+            scores, epoch = _train_and_score(settings, shared)
         except FloatingPointError as error:
-            scores, epoch, diverged = {}, None, str(error)
-        else:
-            diverged = None
-    _free_memory()
-    value = scores.get(f"validation_{plan.metric}", math.nan)
-    if diverged is None and f"validation_{plan.metric}" not in scores:
-        raise ValueError(
-            f"Found no {plan.metric} among the scores {sorted(scores)}. Settings are chosen by metric_for_best_model: "
-            "set it to one of them, without validation_."
-        )
-    if not math.isfinite(value):
+            diverged = str(error)
+    if diverged is None:
+        if (name := f"validation_{plan.metric}") not in scores:
+            raise ValueError(
+                f"Found no {plan.metric} among the scores {sorted(scores)}. Settings are chosen by "
+                "metric_for_best_model: set it to one of them, without validation_."
+            )
+        value = scores[name]
+        if not math.isfinite(value):
+            diverged = f"{name} is {value}"
+    if diverged is not None:
         value = 0.0 if plan.greater_is_better else math.inf
     kept = {name: score for name, score in scores.items() if "accuracy" in name or "loss" in name}
     kept = {name: score if math.isfinite(score) else None for name, score in kept.items()}
@@ -75,13 +73,18 @@ def run_final(
     folder = plan.final_folder(claim.point)
     settings = plan.final_settings(claim.point, params, *resume_words(folder, claim.attempt))
     start = time.monotonic()
-    with _quiet(folder):
+    with _run(folder):
         metrics = train_classifier(settings, shared)
-    remove_checkpoints(folder)  # the weights themselves have been saved beside them
-    _free_memory()
     timings = json.loads((folder / TIMINGS_FILE).read_text(encoding="utf-8"))
     result = {"metrics": metrics, "timings": timings, "seconds": time.monotonic() - start}
     return metrics[f"test_{plan.metric}"], result
+
+
+def _train_and_score(settings: Settings, shared: SharedLoader) -> tuple[dict[str, float], float | None]:
+    trainer, _ = build_trainer(settings, shared)
+    trainer.train(resume_from_checkpoint=settings.training.resume_from_checkpoint)
+    scores = trainer.evaluate(metric_key_prefix="validation")
+    return scores, epoch_of_weights(trainer.state, settings.training.load_best_model_at_end)
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -100,17 +103,23 @@ def resume_words(folder: Path, attempt: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet(folder: Path) -> Iterator[None]:
-    """Send what a run prints, and what it warns of, to a file in its folder."""
+def _run(folder: Path) -> Iterator[None]:
+    """Send what a run prints, what it warns of and its errors to a file in its folder, and free its memory."""
+    _free_memory()  # of a run before this one that ended with an error
     folder.mkdir(parents=True, exist_ok=True)
     level = logging.get_verbosity()
     with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
         logging.set_verbosity_error()
         try:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                yield
+                try:
+                    yield
+                except Exception:
+                    traceback.print_exc()
+                    raise
         finally:
             logging.set_verbosity(level)
+    _free_memory()
 
 
 def _free_memory() -> None:

@@ -71,11 +71,18 @@ def _check_identity(storage: Any, name: str, identity: dict[str, Any]) -> None:
     if known is None:
         storage.set_study_user_attr(study_id, "identity", identity)
         return
-    changed = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
-    if changed:
-        found = ", ".join(f"{key} {known.get(key)}" for key in changed)
-        wanted = ", ".join(f"{key} {identity.get(key)}" for key in changed)
+    if changed := tell_apart(known, identity):
         raise ValueError(
-            f"Found the study '{name}' made with {found}, and a sweep with {wanted}. A sweep goes on with the "
-            "settings it began with: use another output_dir or study_name, or the old settings."
+            f"Found the study '{name}' made with {changed[0]}, and a sweep with {changed[1]}. A sweep goes on with "
+            "the settings it began with: use another output_dir (in a common storage, another study_name too), or the "
+            "old settings."
         )
+
+
+def tell_apart(known: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Say of two sweeps in which settings they differ, each with its own values; None if in none."""
+    changed = sorted(key for key in known.keys() | own.keys() if known.get(key) != own.get(key))
+    if not changed:
+        return None
+    found, wanted = (", ".join(f"{key} {settings.get(key)}" for key in changed) for settings in (known, own))
+    return found, wanted

@@ -1,4 +1,4 @@
-"""What a sweep tells: a line after each run, and a file of everything at the end."""
+"""What a sweep tells: a line after each run, a file of everything at the end, and whose folder it is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from ..training.record import RESULTS_FILE
 from .claims import Entry
 from .ledger import Ledger
 from .plan import SweepPlan
+from .storage import tell_apart
+
+
+SWEEP_FILE = "sweep.json"  # which sweep a folder is of
 
 
 def describe(params: Mapping[str, Any]) -> str:
@@ -31,7 +35,9 @@ def progress_line(plan: SweepPlan, ledger: Ledger, points: Sequence[int], entry:
     score = f"{'validation' if is_trial else 'test'} {plan.metric} {entry.value:.4f}"
     if entry.result.get("diverged"):
         score = "diverged"
-    seconds = statistics.mean(entry.result["seconds"] for entry in entries)
+    # Of a run that went on, the seconds are those since then.
+    whole = [entry for entry in entries if entry.attempts == 1] or entries
+    seconds = statistics.mean(entry.result["seconds"] for entry in whole)
     # This process has none at work any more; others have.
     left = seconds * (len(points) - len(entries)) / (ledger.num_at_work() + 1)
     line = f"[{len(entries)}/{len(points)}] {name} {entry.point}"
@@ -45,12 +51,13 @@ def progress_line(plan: SweepPlan, ledger: Ledger, points: Sequence[int], entry:
 def collect(plan: SweepPlan, trials: Ledger, finals: Ledger | None) -> dict[str, Any]:
     """Put together all that is known of a sweep; its `complete` says whether that is all there will be."""
     points = range(plan.num_trials)
-    done, best = trials.done(points), trials.best(points)
+    done, best, failed = trials.done(points), trials.best(points), trials.failed(points)
+    num_over = len(done) + (len(failed) if plan.sweep.skip_failed else 0)
     seeds = list(plan.sweep.final_seeds)
     runs = [] if finals is None else finals.done(seeds)
     settings = plan.settings
     return {
-        "complete": len(done) == len(points) and len(runs) == len(seeds),
+        "complete": num_over == len(points) and len(runs) == len(seeds),
         "method": settings.model.method,
         "model_name_or_path": settings.model.model_name_or_path,
         "dataset_name": settings.data.dataset_name,
@@ -60,6 +67,7 @@ def collect(plan: SweepPlan, trials: Ledger, finals: Ledger | None) -> dict[str,
         "num_trials": plan.num_trials,
         "metric": plan.metric,
         "trials": [_trial(entry) for entry in done],
+        "failed": [{"trial": point, "error": error} for point, error in failed.items()],
         "choice": None if best is None else {"trial": best.point, "settings": dict(best.params)},
         "final": [{"seed": run.point, "attempts": run.attempts, **run.result} for run in runs],
         "test": _summary([run.result["metrics"] for run in runs]),
@@ -67,11 +75,33 @@ def collect(plan: SweepPlan, trials: Ledger, finals: Ledger | None) -> dict[str,
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write `results.json` in one go, whoever else does so at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{RESULTS_FILE}.{os.getpid()}"
-    write_whole(draft, json.dumps(results, indent=2) + "\n")
-    draft.replace(folder / RESULTS_FILE)
+    """Write `results.json`."""
+    _write(folder / RESULTS_FILE, results)
+
+
+def check_folder(plan: SweepPlan) -> None:
+    """Note in a sweep's folder whose it is.
+
+    Raises:
+        ValueError: It holds the files of another sweep, with which these would be mixed.
+    """
+    file = plan.folder / SWEEP_FILE
+    own = json.loads(json.dumps({"study_name": plan.study_name, **plan.identity}))
+    if not file.exists():
+        _write(file, own)
+    elif changed := tell_apart(json.loads(file.read_text(encoding="utf-8")), own):
+        raise ValueError(
+            f"Found '{plan.folder}' with the files of a sweep with {changed[0]}, and a sweep with {changed[1]}. A "
+            "folder holds the runs of one: use another output_dir, or delete this one."
+        )
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file in one go, whoever else does so at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f"{file.name}.{os.getpid()}")
+    write_whole(draft, json.dumps(content, indent=2) + "\n")
+    draft.replace(file)
 
 
 def _trial(entry: Entry) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
 
     Written to `output_dir`: the adapter with its head (or the whole model, for a baseline), the image processor, the
     names of the classes, `metrics.json`, and `timings.json` with the seconds of training (on the clock, and of this
-    process on the CPU) since the run began or last went on, and the most memory it took of a CUDA device meanwhile.
+    process on the CPU) since the run began or last went on (`is_whole` says which), and the most memory it took of a
+    CUDA device meanwhile.
     With `push_to_hub` the folder goes to the Hub too.
 
     Args:
@@ -99,7 +100,7 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
         output_dir = Path(settings.training.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         timings = {"train_seconds": outcome.metrics["train_runtime"], "train_cpu_seconds": cpu_seconds}
-        timings["peak_memory_bytes"] = peak_memory
+        timings |= {"peak_memory_bytes": peak_memory, "is_whole": trainer.went_on_from is None}
         for name, content in ((METRICS_FILE, results), (TIMINGS_FILE, timings)):
             (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if settings.training.push_to_hub:
@@ -185,7 +186,7 @@ def build_trainer(
         processing_class=processor,
         compute_metrics=ComputeMetrics(),
     )
-    trainer.add_callback(RunIdentity(model_args, data_args))
+    trainer.add_callback(RunIdentity(settings))
     num_classes = data["train"].features["label"].num_classes
     if training_args.plateau_patience:
         trainer.add_callback(PlateauWarning(num_classes, training_args.plateau_patience))

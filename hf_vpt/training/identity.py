@@ -6,31 +6,36 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .arguments import DataArguments, ModelArguments
+from .parsing import Settings
+from .record import describe_settings
 
 
 DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_variant")
 DATA_FIELDS += ("image_column", "label_column")
-PREPARATION_FIELDS = ("preprocessing", "broken_images")
+PREPARATION_FIELDS = ("preprocessing", "augmentation", "broken_images")
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
 SPLIT_FIELDS += ("images_per_class", "validation_images_per_class", "train_on_validation")
 
 
 class RunIdentity(TrainerCallback):
-    """Lets a run go on from a checkpoint only with the method, the backbone and the division of data it began with.
+    """Lets a run go on from a checkpoint only with the method, the backbone, the data and the settings it began with.
 
-    With another division, images that were trained on could be among those that are tested on, and scores of images
-    that are prepared in another way do not continue those before. Everything else, such
-    as the learning rate or the number of epochs, may change.
+    With another division of the data, images that were trained on could be among those that are tested on, and scores
+    of images that are prepared in another way do not continue those before. Learning rates, weight decays and the
+    like come back with the optimizer's state, whatever the settings say, so results would tell of settings, or of a
+    seed, that nothing was trained with. Lengths, batches, evaluations and whatever only costs time may change.
 
     Args:
-        model: Which backbone, by which method.
-        data: Which data, and how they are divided.
+        settings: What `parse_arguments` returns.
     """
 
-    def __init__(self, model: ModelArguments, data: DataArguments):
-        self.settings: dict[str, Any] = {name: getattr(model, name) for name in ("method", "model_name_or_path")}
-        self.settings |= {name: getattr(data, name) for name in (*DATA_FIELDS, *PREPARATION_FIELDS, *SPLIT_FIELDS)}
+    def __init__(self, settings: Settings):
+        self.settings: dict[str, Any] = {
+            name: getattr(settings.model, name) for name in ("method", "model_name_or_path")
+        }
+        names = (*DATA_FIELDS, *PREPARATION_FIELDS, *SPLIT_FIELDS)
+        self.settings |= {name: getattr(settings.data, name) for name in names}
+        self.settings |= {"seed": settings.training.seed, **describe_settings(settings)}
 
     def state_dict(self) -> dict[str, Any]:
         return self.settings
@@ -47,5 +52,5 @@ class RunIdentity(TrainerCallback):
             wanted = ", ".join(f"{name} {self.settings[name]}" for name in changed)
             raise ValueError(
                 f"Found a checkpoint made with {found}, and a run with {wanted}. A run goes on with the method, the "
-                "backbone and the division of data that it began with: use another output_dir, or the old settings."
+                "backbone, the data and the settings that it began with: use another output_dir, or the old settings."
             )

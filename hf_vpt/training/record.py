@@ -18,6 +18,7 @@ _RECORDED = ("learning_rate", "weight_decay", "head_learning_rate", "head_weight
 _RECORDED += ("norm_weight_decay", "scale_learning_rate", "optim", "optim_args", "max_grad_norm", "bf16", "fp16")
 _RECORDED += ("lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule_unit", "warmup_epochs", "warmup_steps")
 _RECORDED += ("label_smoothing_factor", "ema_decay", "mixup_alpha", "cutmix_alpha")
+_RECORDED += ("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last")
 _RECORDED += ("metric_for_best_model", "load_best_model_at_end")
 # What PEFT's own configurations are about, and what does not change what is learned.
 _NOT_RECORDED = {field.name for field in dataclasses.fields(PeftConfig)} | {"target_modules", "hf_vpt_version"}
@@ -26,7 +27,10 @@ _NOT_RECORDED = {field.name for field in dataclasses.fields(PeftConfig)} | {"tar
 def describe_settings(settings: Settings) -> dict[str, Any]:
     """Return the settings of optimisation and of the method, by name, as JSON knows them."""
     training = {name: getattr(settings.training, name) for name in _RECORDED}
-    own = {"quantization": settings.model.quantization, "dtype": settings.model.dtype, **training}
+    model = {name: getattr(settings.model, name) for name in ("model_revision", "quantization", "dtype")}
+    # In float32 a cache changes nothing.
+    cache_dtype = settings.data.cache_dtype if settings.data.cache_prefix else "float32"
+    own = {**model, "cache_dtype": cache_dtype, **training}
     config = settings.peft_config
     for field in () if config is None else dataclasses.fields(config):
         # The others follow from the model.

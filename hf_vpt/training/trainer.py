@@ -100,6 +100,7 @@ class ImageClassificationTrainer(transformers.Trainer):
         loss = ClassificationLoss(smoothing, getattr(getattr(model, "config", None), "problem_type", None))
         super().__init__(model=model, args=args, compute_loss_func=loss, **kwargs)
         self.mixer = make_mixer(args.mixup_alpha, args.cutmix_alpha, self.model.config.num_labels)
+        self.went_on_from: str | None = None
         self.ema = None
         if args.ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -122,6 +123,7 @@ class ImageClassificationTrainer(transformers.Trainer):
             resume_from_checkpoint: See `hf_vpt.training.checkpoints.checkpoint_to_resume`.
         """
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self.went_on_from = checkpoint
         if checkpoint is not None:
             # Before weights are loaded, which may not even fit.
             identities = [c for c in self.callback_handler.callbacks if isinstance(c, RunIdentity)]
