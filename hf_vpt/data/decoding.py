@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -120,16 +120,6 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("La", "RGBa"):  # colours multiplied by their opacity, which Pillow takes back first
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     return image.convert("RGB")
-
-
-def check_broken_images(policy: BrokenImages) -> None:
-    """Refuse what is no way to treat broken images.
-
-    Raises:
-        ValueError: `policy` is neither stop nor skip.
-    """
-    if policy not in get_args(BrokenImages):
-        raise ValueError(f"broken_images is '{policy}'. It must be one of {list(get_args(BrokenImages))}: choose one.")
 
 
 def undecoded(data: datasets.Dataset, column: str) -> datasets.Dataset:

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .arguments import DataArguments, ModelArguments
+from ..data.arguments import DataArguments
+from .arguments import ModelArguments
 
 
 DATA_FIELDS = ("dataset_name", "dataset_config_name", "dataset_revision", "dataset_variant")

@@ -14,10 +14,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..data import AugmentedImages, ImageTransform, PrefixImages, ResizedImages, StreamedImages, collate_images
+from ..data.arguments import DataArguments
 from ..data.cache import cache_folder
 from ..data.preprocessing import choose_augmentation
 from ..tuners.provpt import PROVPTConfig
-from .arguments import DataArguments, TrainingArguments
+from .arguments import TrainingArguments
 
 
 logger = logging.get_logger(__name__)
