@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
 
@@ -47,6 +48,14 @@ def _download(revision: str | None, cache_dir: str | None) -> Path:
         raise FileNotFoundError(
             f"{VTAB_FILE} of {VTAB_REPO} is neither on this disk nor can it be downloaded ({error}). Its 4.66 GB are "
             "needed once: look at the network and at dataset_revision, or pass a copy of the file as dataset_dir."
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full, and {VTAB_FILE} of {VTAB_REPO} must go there. Its 4.66 GB, and as much again for the "
+            "images of all tasks, are needed: free some space, or set HF_HOME to a folder on another disk.",
         ) from error
 
 
