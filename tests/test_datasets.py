@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_vpt.data import load_image_dataset
+from hf_vpt.data.splits import rename_splits
 
 
 CLASSES = ("cat", "dog", "emu")
@@ -163,3 +164,84 @@ def test_data_without_a_train_split_is_an_error(tmp_path):
 def test_fraction_outside_zero_to_one_is_refused():
     with pytest.raises(ValueError, match="validation_fraction is 1.5"):
         load_image_dataset("digits", validation_fraction=1.5)
+
+
+def test_class_names_that_differ_between_splits_are_an_error(tmp_path):
+    # Regression: the names of train were given to the numbers of test, so that all cats were scored as dogs.
+    for number, names in enumerate([["dog", "cat"], ["cat", "dog", "emu"]]):
+        parts = {}
+        for split, own in {"train": ["cat", "dog"], "test": names}.items():
+            features = Features({"image": Image(), "label": ClassLabel(names=own)})
+            rows = {"image": [PILImage.new("L", (4, 4))] * 20, "label": [0, 1] * 10}
+            parts[split] = Dataset.from_dict(rows, features=features)
+        DatasetDict(parts).save_to_disk(tmp_path / str(number))
+        with pytest.raises(ValueError, match=r"labels .*in its test split and \['cat', 'dog'\] in its train split.*same"):
+            load(tmp_path / str(number), tmp_path)
+
+
+def test_labels_that_are_numbers_in_one_split_and_words_in_another_are_an_error(tmp_path):
+    picture = [PILImage.new("L", (4, 4))] * 20
+    parts = {
+        split: Dataset.from_dict(
+            {"image": picture, "label": [0, 1] * 10 if kind == "int64" else ["0", "1"] * 10},
+            features=Features({"image": Image(), "label": Value(kind)}),
+        )
+        for split, kind in {"train": "int64", "test": "string"}.items()
+    }
+    DatasetDict(parts).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="labels string in its test split and integers in its train split"):
+        load(tmp_path / "data", tmp_path)
+
+
+def test_boolean_labels_become_class_labels(tmp_path):
+    # Regression: the names were True and False, and the labels, as Arrow writes them, true and false.
+    folder = save_parquet_splits(tmp_path / "data", {"is_ill": [True, False]}, {"is_ill": Value("bool")})
+    splits = load(folder, tmp_path)
+    assert splits["train"].features["label"].names == ["false", "true"]
+    assert sorted(set(splits["train"]["label"])) == [0, 1]
+
+
+def test_a_split_without_the_label_column_is_named(tmp_path):
+    picture, features = PILImage.new("L", (4, 4)), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    train = Dataset.from_dict({"image": [picture] * 20, "label": [0, 1] * 10}, features=features)
+    DatasetDict(train=train, test=train.remove_columns("label")).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="test split: there is no column 'label' among 'image'"):
+        load(tmp_path / "data", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"label_column": "weight"}, "train split: 'weight' holds no classes.*name another column with label_column"),
+        ({"label_column": "boxes"}, "'boxes' holds no classes"),
+        ({"image_column": "weight"}, "'weight' holds no images.*name another one with image_column"),
+    ],
+)
+def test_a_column_that_cannot_be_what_it_is_named_for_is_an_error(tmp_path, option, words):
+    columns = {"weight": [1.5, 2.5], "boxes": [[1, 2], [3, 4]], "kind": ["a", "b"]}
+    types = {"weight": Value("float32"), "boxes": List(Value("int32")), "kind": Value("string")}
+    folder = save_parquet_splits(tmp_path / "data", columns, types)
+    with pytest.raises(ValueError, match=words):
+        load(folder, tmp_path, **option)
+
+
+def test_of_two_names_for_one_split_the_usual_one_is_used():
+    # Regression: the one that came last took the other's place without a word.
+    parts = {}
+    for number, split in enumerate(["train", "validation", "dev", "test", "eval"]):
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        rows = {"image": [PILImage.new("L", (4, 4), number)] * 4, "label": [0, 1] * 2}
+        parts[split] = Dataset.from_dict(rows, features=features)
+    splits = rename_splits(DatasetDict(parts), "birds")
+    assert {split: grey_values(data)[0] for split, data in splits.items()} == {"train": 0, "validation": 1, "test": 3}
+
+
+def test_one_split_that_was_saved_alone_is_training_data(tmp_path):
+    picture, features = PILImage.new("L", (4, 4)), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": [picture] * 20, "label": [0, 1] * 10}, features=features).save_to_disk(tmp_path / "d")
+    assert sum(len(data) for data in load(tmp_path / "d", tmp_path).values()) == 20
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed of the splits is -1. It must be at least 0"):
+        load_image_dataset("digits", seed=-1)
