@@ -140,7 +140,7 @@ def test_a_class_with_fewer_images_that_can_be_read_is_named_with_their_number(b
 
 
 def test_a_run_has_so_many_images_of_each_class_and_counts_the_broken_ones_it_met(broken, tmp_path):
-    options = ["--dataset_name", broken, "--output_dir", str(tmp_path / "out"), "--use_cpu", "--method", "linear_probe"]
+    options = f"--dataset_name {broken} --output_dir {tmp_path}/out --use_cpu --method linear_probe".split()
     options += ["--images_per_class", "3", "--broken_images", "skip"]
     trainer, data = build_trainer(parse_arguments(options))
     labels = [data["train"].images[index]["label"] for index in range(len(data["train"]))]
@@ -151,7 +151,7 @@ def test_a_run_has_so_many_images_of_each_class_and_counts_the_broken_ones_it_me
 def test_a_class_that_loses_its_only_images_because_they_are_broken_is_named(broken, tmp_path):
     for path in (tmp_path / "images" / "train" / "a").iterdir():
         path.write_bytes(b"broken")
-    options = ["--dataset_name", broken, "--output_dir", str(tmp_path / "out"), "--use_cpu", "--method", "linear_probe"]
+    options = f"--dataset_name {broken} --output_dir {tmp_path}/out --use_cpu --method linear_probe".split()
     with pytest.raises(ValueError, match="no training images of 1 of its 2 classes: 'a'"):
         build_trainer(parse_arguments([*options, "--broken_images", "skip"]))
 

@@ -21,6 +21,7 @@ from ..choices import check_choice
 from .columns import encode_labels, select_image_and_label
 from .decoding import BrokenImages
 from .sources import benchmark_validation_fraction, is_benchmark, load_benchmark, resolve_variant
+from .sources.folders import find_splits
 from .sources.lists import is_list, load_list
 from .sources.shards import has_shards, load_shards
 from .splits import check_classes, complete_splits, drop_unlabelled, rename_splits, take_from_each_class
@@ -189,7 +190,9 @@ def _load(
             return DatasetDict(train=load_from_disk(path))
         if has_shards(path):
             return load_shards(path, cache_dir, streaming)
-        # A folder of image files is listed, not streamed: a stream of it has one class after the other.
+        if config_name is None and (files := find_splits(path)):
+            return load_dataset("imagefolder", data_dir=str(path), data_files=files, cache_dir=cache_dir)
+        # Image files are listed, not streamed: a stream of a folder has one class after the other.
         streaming = streaming and not is_listed(load_dataset_builder(str(path), config_name, cache_dir=cache_dir))
         return load_dataset(str(path), config_name, cache_dir=cache_dir, streaming=streaming)
     if name.startswith(("/", ".", "~")):
