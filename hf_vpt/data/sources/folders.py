@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers.utils import logging
 
 from ..splits import SPLIT_NAMES
 
+
+logger = logging.get_logger(__name__)
 
 CARD_FILE = "README.md"
 
@@ -41,6 +44,11 @@ def find_splits(folder: Path) -> dict[str, str] | None:
     if len(named) == len(inner) or len(_class_folders(folder)) < 2:
         return None
     _check_filled(folder)
+    if named:
+        logger.warning(
+            f"'{folder}' holds the images of classes, one of which is called '{named[0].name}'. If that is a split, put "
+            "the others in a folder train."
+        )
     return {"train": "**"}
 
 
