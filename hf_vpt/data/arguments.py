@@ -30,7 +30,8 @@ class DataArguments:
         test_fraction: Share set aside for the test where no split is published.
         split_seed: Decides which images are set aside, and what drawn data sets show; independent of `seed`, so that
             runs with different seeds share their splits.
-        images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`.
+        images_per_class: Few-shot learning: training images of each class that are kept, drawn by `split_seed`; with
+            `broken_images: skip` among those that can be read.
         validation_images_per_class: The same for the validation split. The test split is never cut.
         train_on_validation: Train on validation images too, once everything is chosen, as final runs on VTAB-1k do.
             They are not scored at the end, and cannot choose an epoch (`load_best_model_at_end: false`).
@@ -39,7 +40,8 @@ class DataArguments:
         preprocessing: `"processor"` for the backbone's own image processor, or `"published"` for that of published
             scores on VTAB-1k and FGVC, random crops and flips in training included; see `choose_processor`.
         broken_images: What happens to images that cannot be read: `"stop"` names the first one that training meets and
-            ends; `"skip"` leaves them out and counts them. Unless images are streamed, all are then read once first.
+            ends; `"skip"` leaves them out and counts them. Unless images are streamed, all are then read
+            once first.
         streaming: Read images when they are needed instead of downloading and converting the data set first. A run is
             then counted in steps: it needs `max_steps`.
         shuffle_buffer_size: Images of a stream, not decoded, among which the next one to train on is drawn.

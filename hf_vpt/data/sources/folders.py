@@ -46,8 +46,8 @@ def find_splits(folder: Path) -> dict[str, str] | None:
     _check_filled(folder)
     if named:
         logger.warning(
-            f"'{folder}' holds the images of classes, one of which is called '{named[0].name}'. If that is a split, put "
-            "the others in a folder train."
+            f"'{folder}' holds the images of classes, one of which is called '{named[0].name}'. If that is a split, "
+            "put the others in a folder train."
         )
     return {"train": "**"}
 
