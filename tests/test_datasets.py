@@ -277,7 +277,7 @@ def test_the_folder_of_a_class_without_images_is_named(tmp_path, above):
 
 def test_images_in_folders_of_splits_without_classes_are_an_error(tmp_path):
     write_images(tmp_path / "animals", 10, ["train", "test"])
-    with pytest.raises(ValueError, match="0 columns that could hold the classes"):
+    with pytest.raises(ValueError, match="image 0 of the train split has the class None"):
         load(tmp_path / "animals", tmp_path)
 
 

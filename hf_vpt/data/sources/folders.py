@@ -31,9 +31,10 @@ def find_splits(folder: Path) -> dict[str, str] | None:
     described = [*ImageFolder.METADATA_FILENAMES, CARD_FILE]
     if any((folder / name).is_file() and not _is_plain_text(folder / name) for name in described):
         return None  # the file says which image is in which split, or in which class
-    words = {alias for aliases in SPLIT_NAMES.values() for alias in aliases}
+    words = [alias for aliases in SPLIT_NAMES.values() for alias in aliases]
     inner = _subfolders(folder)
-    named = [child for child in inner if child.name.lower() in words]
+    # Train first: a split with one class gets no labels from `datasets` unless others were seen before it.
+    named = [child for word in words for child in inner if child.name.lower() == word]
     splits = [child for child in named if _class_folders(child)]
     for child in splits:
         if child.name.lower() in SPLIT_NAMES["train"]:

@@ -132,9 +132,7 @@ def _read_list(file: Path, names: list[str]) -> Dataset:
     return listed_images([base / path for path in paths], labels, names, f"'{file}'")
 
 
-def _draw(
-    task_name: str, data_dir: str | None, revision: str | None, cache_dir: str | None, seed: int
-) -> DatasetDict:
+def _draw(task_name: str, data_dir: str | None, revision: str | None, cache_dir: str | None, seed: int) -> DatasetDict:
     task = VTAB[task_name]
     num_values = task.num_values or task.num_classes
     if data_dir is None:
