@@ -1,5 +1,6 @@
 """Images of every mode and orientation are read right; broken ones are named, or left out and counted."""
 
+import errno
 import io
 import json
 import pickle
@@ -169,6 +170,33 @@ def test_a_lost_connection_is_not_a_broken_image(monkeypatch):
         decode_to_rgb({"path": "hf://datasets/user/name/1.png", "bytes": None})
     with pytest.raises(BrokenImageError):
         decode_to_rgb({"path": "1.png", "bytes": None})
+
+
+def test_a_file_that_is_cut_off_is_broken_wherever_it_lies():
+    # Regression: Pillow's own OSError passed for a lost connection where the path of an image is an address.
+    path = "hf://datasets/user/name/1.png"
+    for image in (stored(WHOLE[: len(WHOLE) // 2], path), stored(b"", path)):
+        with pytest.raises(BrokenImageError, match="hf://datasets/user/name/1.png"):
+            decode_to_rgb(image)
+
+
+@pytest.mark.parametrize("path", ["1.png", "hf://datasets/user/name/1.png"])
+def test_trouble_of_the_machine_is_not_a_broken_image(monkeypatch, path):
+    def fail(self, image, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(ImageFeature, "decode_example", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        decode_to_rgb({"path": path, "bytes": None})
+
+
+def test_a_remote_file_that_is_cut_off_is_broken(monkeypatch):
+    def fail(self, image, **kwargs):
+        raise OSError("image file is truncated (3 bytes not processed)")
+
+    monkeypatch.setattr(ImageFeature, "decode_example", fail)
+    with pytest.raises(BrokenImageError, match="truncated"):
+        decode_to_rgb({"path": "hf://datasets/user/name/1.png", "bytes": None})
 
 
 @pytest.fixture

@@ -67,6 +67,34 @@ def test_a_fingerprint_of_files_is_the_same_in_another_folder_and_opens_no_file(
     ]
 
 
+def test_a_fingerprint_does_not_know_the_folder_that_all_images_lie_in(tmp_path):
+    # Regression: of images beside their list, the name of the data set's own folder counted.
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        rows = []
+        for number in range(20):
+            (tmp_path / name / f"{number}.png").write_bytes(png(number))
+            rows.append(f"{number}.png,{'ab'[number % 2]}")
+        (tmp_path / name / "list.csv").write_text("\n".join(["image,label", *rows]))
+    here, there = (load_image_dataset(str(tmp_path / name / "list.csv")) for name in ("here", "there"))
+    assert fingerprint_splits(here) == fingerprint_splits(there)
+
+
+def test_a_fingerprint_changes_with_names_folders_sizes_and_classes():
+    contents, labels = [png(n) for n in range(4)], [0, 1] * 2
+    paths = ["/data/s1/1.png", "/data/s1/2.png", "/data/s2/1.png", "/data/s2/2.png"]
+    expected = fingerprint(data(contents, labels, paths))
+    assert fingerprint(data(contents, labels, [path.replace("/data", "hf://x/y") for path in paths])) == expected
+    others = [
+        data(contents, labels, [path.replace("2.png", "3.png") for path in paths]),
+        data(contents, labels, [*paths[:2], "/data/s3/1.png", "/data/s3/2.png"]),
+        data([*contents[:3], contents[3] + b"\0"], labels, paths),
+        data(contents, labels, paths).cast_column("label", ClassLabel(names=["a", "c"])),
+        data(contents, labels, paths).cast_column("label", ClassLabel(names=["a", "b", "c"])),
+    ]
+    assert len({expected, *map(fingerprint, others)}) == 6
+
+
 def undecoded(part):
     return part.cast_column("image", ImageFeature(decode=False))["image"]
 

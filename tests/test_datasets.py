@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from hf_vpt.data import load_image_dataset
+from hf_vpt.data.splits import rename_splits
 
 
 CLASSES = ("cat", "dog", "emu")
@@ -121,7 +122,7 @@ def test_ambiguous_label_columns_are_an_error_that_lists_them(tmp_path):
 
 def test_missing_column_is_an_error_that_lists_what_there_is(tmp_path):
     folder = save_parquet_splits(tmp_path / "data", {"species": ["dog", "cat"]})
-    with pytest.raises(ValueError, match=r"no column 'kind'.*'picture' \(Image\), 'species' \(Value\)"):
+    with pytest.raises(ValueError, match=r"no column 'kind' among 'picture' \(Image\), 'species' \(Value\)"):
         load(folder, tmp_path, label_column="kind")
 
 
@@ -163,3 +164,127 @@ def test_data_without_a_train_split_is_an_error(tmp_path):
 def test_fraction_outside_zero_to_one_is_refused():
     with pytest.raises(ValueError, match="validation_fraction is 1.5"):
         load_image_dataset("digits", validation_fraction=1.5)
+
+
+def test_class_names_that_differ_between_splits_are_an_error(tmp_path):
+    # Regression: the names of train were given to the numbers of test, so that all cats were scored as dogs.
+    for number, names in enumerate([["dog", "cat"], ["cat", "dog", "emu"]]):
+        parts = {}
+        for split, own in {"train": ["cat", "dog"], "test": names}.items():
+            features = Features({"image": Image(), "label": ClassLabel(names=own)})
+            rows = {"image": [PILImage.new("L", (4, 4))] * 20, "label": [0, 1] * 10}
+            parts[split] = Dataset.from_dict(rows, features=features)
+        DatasetDict(parts).save_to_disk(tmp_path / str(number))
+        with pytest.raises(ValueError, match=r"in its test split and \['cat', 'dog'\] in its train split.*same"):
+            load(tmp_path / str(number), tmp_path)
+
+
+def test_labels_that_are_numbers_in_one_split_and_words_in_another_are_an_error(tmp_path):
+    picture = [PILImage.new("L", (4, 4))] * 20
+    parts = {
+        split: Dataset.from_dict(
+            {"image": picture, "label": [0, 1] * 10 if kind == "int64" else ["0", "1"] * 10},
+            features=Features({"image": Image(), "label": Value(kind)}),
+        )
+        for split, kind in {"train": "int64", "test": "string"}.items()
+    }
+    DatasetDict(parts).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="labels string in its test split and integers in its train split"):
+        load(tmp_path / "data", tmp_path)
+
+
+def test_boolean_labels_become_class_labels(tmp_path):
+    # Regression: the names were True and False, and the labels, as Arrow writes them, true and false.
+    folder = save_parquet_splits(tmp_path / "data", {"is_ill": [True, False]}, {"is_ill": Value("bool")})
+    splits = load(folder, tmp_path)
+    assert splits["train"].features["label"].names == ["false", "true"]
+    assert sorted(set(splits["train"]["label"])) == [0, 1]
+
+
+def test_a_split_without_the_label_column_is_named(tmp_path):
+    picture, features = PILImage.new("L", (4, 4)), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    train = Dataset.from_dict({"image": [picture] * 20, "label": [0, 1] * 10}, features=features)
+    DatasetDict(train=train, test=train.remove_columns("label")).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match="test split: there is no column 'label' among 'image'"):
+        load(tmp_path / "data", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"label_column": "weight"}, "train split: 'weight' holds no classes.*name another column with label_column"),
+        ({"label_column": "boxes"}, "'boxes' holds no classes"),
+        ({"image_column": "weight"}, "'weight' holds no images.*name another one with image_column"),
+    ],
+)
+def test_a_column_that_cannot_be_what_it_is_named_for_is_an_error(tmp_path, option, words):
+    columns = {"weight": [1.5, 2.5], "boxes": [[1, 2], [3, 4]], "kind": ["a", "b"]}
+    types = {"weight": Value("float32"), "boxes": List(Value("int32")), "kind": Value("string")}
+    folder = save_parquet_splits(tmp_path / "data", columns, types)
+    with pytest.raises(ValueError, match=words):
+        load(folder, tmp_path, **option)
+
+
+def test_of_two_names_for_one_split_the_usual_one_is_used():
+    # Regression: the one that came last took the other's place without a word.
+    parts = {}
+    for number, split in enumerate(["train", "validation", "dev", "test", "eval"]):
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        rows = {"image": [PILImage.new("L", (4, 4), number)] * 4, "label": [0, 1] * 2}
+        parts[split] = Dataset.from_dict(rows, features=features)
+    splits = rename_splits(DatasetDict(parts), "birds")
+    assert {split: grey_values(data)[0] for split, data in splits.items()} == {"train": 0, "validation": 1, "test": 3}
+
+
+def test_one_split_that_was_saved_alone_is_training_data(tmp_path):
+    picture, features = PILImage.new("L", (4, 4)), Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+    Dataset.from_dict({"image": [picture] * 20, "label": [0, 1] * 10}, features=features).save_to_disk(tmp_path / "d")
+    assert sum(len(data) for data in load(tmp_path / "d", tmp_path).values()) == 20
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed of the splits is -1. It must be at least 0"):
+        load_image_dataset("digits", seed=-1)
+
+
+@pytest.mark.parametrize("above", ["", "train"])
+def test_classes_whose_names_tell_of_splits_are_classes(tmp_path, above):
+    # Regression: `datasets` looks for these words in every part of a path. Images of a class "test strip" were in the
+    # test split too, and of the classes "bus", "train" and "train station" the first was left out.
+    names = ["bus", "test strip", "train", "train station", "validation-stamp"]
+    write_images(tmp_path / "pictures" / above, 10, names)
+    splits = load(tmp_path / "pictures", tmp_path)
+    assert splits["train"].features["label"].names == names
+    together = sorted(sum((grey_values(data) for data in splits.values()), []))
+    assert together == sorted(20 * number + index for number in range(5) for index in range(10))
+
+
+def test_names_of_split_folders_may_begin_with_a_capital_and_lack_a_class(tmp_path):
+    write_images(tmp_path / "animals" / "Train", 10)
+    write_images(tmp_path / "animals" / "Test", 3, ["dog"])
+    splits = load(tmp_path / "animals", tmp_path)
+    assert {split: len(data) for split, data in splits.items()} == {"train": 24, "validation": 6, "test": 3}
+    assert set(splits["test"]["label"]) == {1}
+
+
+@pytest.mark.parametrize("above", ["", "train"])
+def test_the_folder_of_a_class_without_images_is_named(tmp_path, above):
+    write_images(tmp_path / "animals" / above, 10)
+    (tmp_path / "animals" / above / "yak").mkdir()
+    with pytest.raises(ValueError, match="yak' has nothing in it.*add images, or remove the folder"):
+        load(tmp_path / "animals", tmp_path)
+
+
+def test_images_in_folders_of_splits_without_classes_are_an_error(tmp_path):
+    write_images(tmp_path / "animals", 10, ["train", "test"])
+    with pytest.raises(ValueError, match="image 0 of the train split has the class None"):
+        load(tmp_path / "animals", tmp_path)
+
+
+def test_a_folder_whose_images_are_described_by_a_file_is_left_to_datasets(tmp_path):
+    folder = write_images(tmp_path / "animals", 10, ["cat", "dog"])
+    rows = [f"{name}/{index}.png,{index % 2}" for name in ("cat", "dog") for index in range(10)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,is_ill", *rows]))
+    splits = load(folder, tmp_path)
+    assert splits["train"].features["label"].names == ["0", "1"]
+    assert sum(len(data) for data in splits.values()) == 20

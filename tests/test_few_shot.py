@@ -1,11 +1,14 @@
 """Few images of each class, drawn by a seed; and classes that are missing, empty or out of range."""
 
+import shutil
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
+from transformers import ViTImageProcessor
 
-from hf_vpt.data import load_image_dataset
+from hf_vpt.data import AugmentedImages, ImageTransform, load_image_dataset
 from hf_vpt.training import DataArguments, build_trainer, parse_arguments
 
 
@@ -97,6 +100,68 @@ def test_a_run_takes_the_number_from_its_settings_and_does_not_go_on_with_anothe
     ]
     with pytest.raises(ValueError, match="images_per_class 3, and a run with images_per_class 4"):
         identities[1].load_state_dict(identities[0].state_dict())
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Ten images of each of two classes; of class a all are broken but three, of class b one."""
+    for number in range(20):
+        name = "ab"[number % 2]
+        (tmp_path / "files" / name).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "files" / name / f"{number:02d}.png"
+        PILImage.new("L", (2, 2), 10 * number).save(path)
+        if (name == "a" and number >= 6) or number == 7:
+            path.write_bytes(b"broken")
+    for split in ("train", "validation", "test"):
+        shutil.copytree(tmp_path / "files", tmp_path / "images" / split)
+    return str(tmp_path / "images")
+
+
+def test_few_images_are_drawn_among_those_that_can_be_read(broken):
+    # Regression: so many images of each class were drawn first, and the broken ones among them were missing then.
+    for number in (1, 3):
+        splits = load_image_dataset(broken, images_per_class=number, broken_images="skip")
+        images = AugmentedImages(splits["train"], transform(), broken_images="skip")
+        assert np.bincount([example["labels"] for example in images]).tolist() == [number] * 2
+        assert images.num_broken == len(splits["train"]) - 2 * number
+    assert images.num_broken > 0
+
+
+def test_few_readable_images_are_among_more(broken):
+    few, more = (
+        paths(load_image_dataset(broken, images_per_class=number, broken_images="skip")["train"]) for number in (1, 2)
+    )
+    assert few < more
+
+
+def test_a_class_with_fewer_images_that_can_be_read_is_named_with_their_number(broken):
+    with pytest.raises(ValueError, match=r"fewer than 4 images that can be read of 1 of its 2 classes: 'a' \(3\)"):
+        load_image_dataset(broken, images_per_class=4, broken_images="skip")
+
+
+def test_a_run_has_so_many_images_of_each_class_and_counts_the_broken_ones_it_met(broken, tmp_path):
+    options = f"--dataset_name {broken} --output_dir {tmp_path}/out --use_cpu --method linear_probe".split()
+    options += ["--images_per_class", "3", "--broken_images", "skip"]
+    trainer, data = build_trainer(parse_arguments(options))
+    labels = [data["train"].images[index]["label"] for index in range(len(data["train"]))]
+    assert np.bincount(labels).tolist() == [3, 3]
+    assert data["train"].num_broken > 0
+
+
+def test_a_class_that_loses_its_only_images_because_they_are_broken_is_named(broken, tmp_path):
+    for path in (tmp_path / "images" / "train" / "a").iterdir():
+        path.write_bytes(b"broken")
+    options = f"--dataset_name {broken} --output_dir {tmp_path}/out --use_cpu --method linear_probe".split()
+    with pytest.raises(ValueError, match="no training images of 1 of its 2 classes: 'a'"):
+        build_trainer(parse_arguments([*options, "--broken_images", "skip"]))
+
+
+def paths(data):
+    return {image["path"] for image in data.cast_column("image", Image(decode=False))["image"]}
+
+
+def transform():
+    return ImageTransform(ViTImageProcessor(size={"height": 2, "width": 2}))
 
 
 # --- validation images that are trained on

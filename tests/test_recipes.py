@@ -159,7 +159,7 @@ def test_a_schedule_by_epochs_in_a_run_counted_in_steps_is_refused(tmp_path):
 
 
 def test_a_schedule_by_another_unit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="lr_schedule_unit is 'week'. It must be step or epoch"):
+    with pytest.raises(ValueError, match="lr_schedule_unit is 'week'. It must be one of .'step', 'epoch'."):
         TrainingArguments(output_dir=str(tmp_path), lr_schedule_unit="week")
 
 

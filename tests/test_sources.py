@@ -1,5 +1,6 @@
 """Benchmarks, lists and shards in the layouts they are published in, built small and read by the code that is used."""
 
+import errno
 import io
 import json
 import os
@@ -152,6 +153,37 @@ def test_a_local_archive_and_its_unpacked_folder_are_the_same(load, tmp_path):
         assert all(greys(found[split]) == greys(expected[split]) for split in SPLITS)
 
 
+@pytest.mark.parametrize("variant", ["zip", "full"])
+def test_the_folder_of_another_task_is_refused_although_its_classes_would_fit(load, tmp_path, monkeypatch, variant):
+    # Regression: the ten classes of SVHN are in the range of DTD's 47, and were learned in their place.
+    if variant == "zip":
+        for name, content in vtab_files("svhn", 10).items():
+            write(tmp_path / name, content)
+        folder = tmp_path / "svhn"
+    else:
+        folder = tmp_path / "wds_vtab-svhn"
+        write_tar(folder / "train" / "0.tar", {str(number): (1, number % 10) for number in range(30)}, "png")
+    words = "for vtab/dtd, and it is that of vtab/svhn.*correct dataset_dir"
+    with pytest.raises(ValueError, match=words):
+        load("vtab/dtd", variant=variant, data_dir=str(folder))
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=words):
+        load("vtab/dtd", variant=variant, data_dir=".")
+
+
+def test_archives_are_unpacked_where_all_caches_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_vpt.data.cache.HF_HOME", str(tmp_path / "home"))
+    load_image_dataset("vtab/dtd", data_dir=str(write_zip(tmp_path / "vtab-1k.zip", vtab_files())))
+    assert [path.parents[2] for path in (tmp_path / "home").rglob("test.txt")] == [tmp_path / "home/hf_vpt/vtab-1k"]
+
+
+def test_of_two_folders_of_a_task_in_one_archive_every_process_takes_the_same(load, tmp_path):
+    files = {f"{above}/{name}": content for above in "ba" for name, content in vtab_files().items()}
+    files["a/dtd/test.txt"] = "images/test/000070.png 23\n"
+    splits = load("vtab/dtd", data_dir=str(write_zip(tmp_path / "vtab-1k.zip", files)))
+    assert len(splits["test"]) == 1
+
+
 def test_an_archive_is_unpacked_once_and_another_one_is_not_mistaken_for_it(load, tmp_path, monkeypatch):
     path = write_zip(tmp_path / "vtab-1k.zip", vtab_files())
     load("vtab/dtd", data_dir=str(path))
@@ -223,6 +255,40 @@ def test_what_a_killed_process_left_is_not_used_and_goes_away_when_it_is_old(loa
     os.utime(old, (0, 0))
     assert len(load("vtab/dtd", data_dir=str(path))["test"]) == 20
     assert (folder.is_dir(), old.exists(), new.exists()) == (True, False, True)
+
+
+def test_a_disk_that_fills_up_while_unpacking_or_downloading_says_what_is_needed(load, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", fail)
+    with pytest.raises(OSError, match="MB left and '.*' needs .*free some space, or set HF_HOME"):
+        load("vtab/dtd", data_dir=str(write_zip(tmp_path / "vtab-1k.zip", vtab_files())))
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    monkeypatch.setattr(vtab, "hf_hub_download", fail)
+    with pytest.raises(OSError, match="disk is full, and vtab-1k.zip .*4.66 GB.*set HF_HOME"):
+        load("vtab/dtd")
+
+
+def test_an_old_draft_that_another_process_removes_first_is_no_error(load, tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "vtab-1k.zip", vtab_files())
+    load("vtab/dtd", data_dir=str(path))
+    (folder,) = (tmp_path / "cache").rglob("dtd")
+    shutil.rmtree(folder)
+    original = Path.glob
+
+    def glob(self, pattern):
+        return [*original(self, pattern), *([self / "gone"] if "draft" in pattern else [])]
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert len(load("vtab/dtd", data_dir=str(path))["test"]) == 20
+
+
+def test_names_in_an_archive_do_not_lead_outside_of_its_folder(load, tmp_path):
+    files = vtab_files() | {"dtd/../../../../../evil.txt": "x", "dtd/images/../../../../evil.txt": "x"}
+    load("vtab/dtd", data_dir=str(write_zip(tmp_path / "vtab-1k.zip", files)))
+    (folder,) = (tmp_path / "cache").rglob("dtd")
+    assert {path.is_relative_to(folder) for path in tmp_path.rglob("evil.txt")} == {True}
 
 
 @pytest.mark.parametrize(
@@ -297,6 +363,19 @@ def test_the_full_variant_comes_from_the_hub(load, full, monkeypatch):
 
     monkeypatch.setattr(shards, "hf_hub_download", absent)
     assert load("vtab/svhn", variant="full")["test"].features["label"].names[3] == "3"
+
+
+@pytest.mark.parametrize("num_values", [40, 16])
+def test_values_of_dsprites_become_the_16_bins_of_vtab_unless_the_shards_hold_bins(load, tmp_path, num_values):
+    folder = tmp_path / "wds_vtab-dsprites_label_orientation"
+    for split, count in {"train": 1000, "test": 80}.items():
+        images = {f"{split}{number}": (number % num_values, number % num_values) for number in range(count)}
+        write_tar(folder / split / "0.tar", images, "png")
+    write(folder / "classnames.txt", "\n".join(str(number) for number in range(40)))
+    splits = load("vtab/dsprites_orientation", variant="full", data_dir=str(tmp_path))
+    assert splits["test"].features["label"].names == [str(number) for number in range(16)]
+    for data in splits.values():
+        assert data["label"][:] == [int(value / (num_values / 16)) for value in greys(data)]
 
 
 def test_a_full_set_with_too_little_in_it_is_an_error(load, tmp_path, full):
@@ -485,6 +564,42 @@ def test_lists_of_different_releases_are_an_error(load, tmp_path):
         load("fgvc/cub", data_dir=str(tmp_path))
 
 
+def test_a_set_with_the_classes_of_another_one_is_refused(load, tmp_path):
+    # Regression: CUB's and NABirds' folders look alike, and so do VPT's lists of all sets.
+    for number in range(240):
+        write(tmp_path / f"{number}.jpg", jpeg(number))
+    for file, part in {"train": range(120), "val": range(120), "test": range(120, 240)}.items():
+        write(tmp_path / f"{file}.json", json.dumps({f"{number}.jpg": number % 120 + 1 for number in part}))
+    with pytest.raises(ValueError, match="has 120 classes, as fgvc/stanforddogs has. The 200 classes of fgvc/cub"):
+        load("fgvc/cub", variant="lists", data_dir=str(tmp_path))
+    splits = load("fgvc/stanforddogs", variant="lists", data_dir=str(tmp_path))
+    assert splits["test"].features["label"].num_classes == 120
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("train_test_split", "1 1", "1 2", "train_test_split.txt' has '2' for the image '1'. 0 .* or 1 .* is needed"),
+        ("image_class_labels", "1 1", "1 auk", "image_class_labels.txt' has 'auk' for the image '1'. A number is"),
+    ],
+)
+def test_a_wrong_value_in_the_lists_of_birds_is_named(load, tmp_path, file, old, new, words):
+    # Regression: images with another flag than 0 and 1 were left out without a word.
+    write_birds(tmp_path)
+    lines = (tmp_path / f"{file}.txt").read_text().splitlines()
+    assert lines[0] == old
+    write(tmp_path / f"{file}.txt", "\n".join([new, *lines[1:]]))
+    with pytest.raises(ValueError, match=words):
+        load("fgvc/cub", data_dir=str(tmp_path))
+
+
+def test_a_matlab_file_that_is_none_is_named(load, tmp_path):
+    write_flowers(tmp_path)
+    write(tmp_path / "setid.mat", "<html>not found</html>" * 20)
+    with pytest.raises(ValueError, match="setid.mat' cannot be read as a MATLAB file.*get it anew"):
+        load("fgvc/oxfordflower", data_dir=str(tmp_path))
+
+
 def test_matlab_files_without_scipy_say_what_to_install(load, tmp_path, monkeypatch):
     write_flowers(tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "scipy.io", None)
@@ -582,6 +697,21 @@ def test_a_wrong_list_of_paths_is_an_error_that_names_row_or_column(load, images
         load(write_list(images, ending, rows))
 
 
+@pytest.mark.parametrize(("number", "label"), [(1, "ibis"), (2, "emu")])
+def test_a_row_with_too_many_values_is_an_error_and_not_a_class_cut_short(load, images, number, label):
+    # Regression: without quotes, "emu, red" was read as class "emu".
+    rows = [{"path": f"pictures/{n}.png", "species": "ibis" if n % 2 else "emu"} for n in range(1, 9)]
+    rows[number - 1]["species"] = f"{label}, red"
+    with pytest.raises(ValueError, match=f"Row {number} of .* has 3 values for 2 columns.*needs quotes"):
+        load(write_list(images, "csv", rows))
+
+
+def test_a_list_in_another_encoding_is_an_error_that_says_so(load, images):
+    (images / "list.csv").write_bytes("path,label\npictures/1.png,Würger\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="cannot be read as csv.*in UTF-8, is needed"):
+        load(str(images / "list.csv"))
+
+
 def test_a_list_that_is_missing_or_of_another_kind_is_an_error(load, tmp_path):
     with pytest.raises(FileNotFoundError, match="no file.*list of images and classes"):
         load(str(tmp_path / "nowhere.csv"))
@@ -614,3 +744,29 @@ def test_a_folder_of_shards_is_a_data_set_and_a_stream(load, tmp_path):
     assert stream["train"].features["label"].names == ["cat", "dog"]
     assert len(list(stream["train"])) == 20
     assert sorted(example["label"] for example in stream["test"]) == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000.tar", "images-train-00001.tar", "val-00000.tar", "imagenet_test_0.tar"],
+        ["train/000.tar", "train/001.tar", "validation/000.tar", "testing/000.tar"],
+        ["train_images/0.tar", "Train-2/train.tar", "dev.set/0.tar", "images.test/0.tar"],
+        ["00000.tar", "train2017-00000.tar", "val2017-00000.tar", "test2017-00000.tar"],
+    ],
+)
+def test_any_word_of_a_shards_name_or_folder_tells_its_split(tmp_path, names):
+    for name in names:
+        write_tar(tmp_path / name, {"a": (1, 1)}, "png")
+    found = {split: sorted(os.path.relpath(file, tmp_path) for file in files) for split, files in find(tmp_path)}
+    assert found == {"train": sorted(names[:2]), "validation": names[2:3], "test": names[3:]}
+
+
+def find(folder):
+    return shards.find_shards(folder).items()
+
+
+def test_a_shard_that_names_two_splits_is_an_error(tmp_path):
+    write_tar(tmp_path / "train" / "val-000.tar", {"a": (1, 1)}, "png")
+    with pytest.raises(ValueError, match="train/val-000.tar' names the splits train and validation.*rename"):
+        shards.find_shards(tmp_path)

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from .decoding import BrokenImages, check_broken_images, drop_broken, undecoded
+from ..choices import check_choice
+from .decoding import BrokenImages, drop_broken, undecoded
 from .processing import ImageTransform
 
 
@@ -83,7 +84,7 @@ class AugmentedImages(Dataset):
         seed: int = 0,
         broken_images: BrokenImages = "stop",
     ):
-        check_broken_images(broken_images)
+        check_choice("broken_images", broken_images, BrokenImages)
         # How many images were left out.
         self.images, self.num_broken = undecoded(images, transform.image_column), 0
         if broken_images == "skip":

@@ -17,8 +17,11 @@ from datasets import (
     load_from_disk,
 )
 
+from ..choices import check_choice
 from .columns import encode_labels, select_image_and_label
+from .decoding import BrokenImages
 from .sources import benchmark_validation_fraction, is_benchmark, load_benchmark, resolve_variant
+from .sources.folders import find_splits
 from .sources.lists import is_list, load_list
 from .sources.shards import has_shards, load_shards
 from .splits import check_classes, complete_splits, drop_unlabelled, rename_splits, take_from_each_class
@@ -43,6 +46,7 @@ def load_image_dataset(
     images_per_class: int | None = None,
     validation_images_per_class: int | None = None,
     train_on_validation: bool = False,
+    broken_images: BrokenImages = "stop",
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """Load images and their classes, ready to train on, choose with, and test on.
 
@@ -93,6 +97,8 @@ def load_image_dataset(
         validation_images_per_class: The same for the validation split. The test split is never cut.
         train_on_validation: Add the validation images to train, as final runs on VTAB-1k do when everything has been
             chosen. The validation split stays what it was and then says nothing about new images.
+        broken_images: With `"skip"`, `images_per_class` counts images that can be read, and those that were found
+            broken in drawing them are kept beside them, for `AugmentedImages` to leave out and count.
 
     Returns:
         Splits `train`, `validation` and `test`, each with the columns `image` (`Image`) and `label` (`ClassLabel`, the
@@ -118,6 +124,9 @@ def load_image_dataset(
             )
     if num_held_out < 1:
         raise ValueError(f"num_held_out is {num_held_out}. At least 1 image is needed: pass for example 1000.")
+    if seed < 0:
+        raise ValueError(f"The seed of the splits is {seed}. It must be at least 0: pass for example 0.")
+    check_choice("broken_images", broken_images, BrokenImages)
     resolve_variant(name, variant, data_dir)  # refuses what cannot be, before anything is loaded
     raw = _load(name, config_name, revision, image_column, cache_dir, seed, streaming, variant, data_dir)
     splits = select_image_and_label(rename_splits(raw, name), image_column, label_column, name)
@@ -131,14 +140,15 @@ def load_image_dataset(
                 "leave streaming out."
             )
         return complete_streams(splits, num_held_out, seed, name)
-    if not isinstance(splits["train"].features["image"], Image):
+    if not all(isinstance(data.features["image"], Image) for data in splits.values()):
         splits = splits.cast_column("image", Image())
-    splits = encode_labels(drop_unlabelled(splits, name))
+    splits = encode_labels(drop_unlabelled(splits, name), name)
     check_classes(splits, name, may_lack_classes=is_benchmark(name))
     validation_fraction = benchmark_validation_fraction(name) or validation_fraction
     splits = complete_splits(splits, validation_fraction, test_fraction, seed, name)
     for split, number in few.items():
-        splits[split] = take_from_each_class(splits[split], number, seed, f"The {split} split of '{name}'")
+        where = f"The {split} split of '{name}'"
+        splits[split] = take_from_each_class(splits[split], number, seed, where, broken_images)
     if train_on_validation:
         splits["train"] = concatenate_datasets([splits["train"], splits["validation"]])
     return {**splits, "train": to_stream(splits["train"], seed)} if streaming else splits
@@ -176,9 +186,13 @@ def _load(
     if path.is_dir():
         if (path / datasets.config.DATASETDICT_JSON_FILENAME).is_file():
             return load_from_disk(path)
+        if (path / datasets.config.DATASET_STATE_JSON_FILENAME).is_file():
+            return DatasetDict(train=load_from_disk(path))
         if has_shards(path):
             return load_shards(path, cache_dir, streaming)
-        # A folder of image files is listed, not streamed: a stream of it has one class after the other.
+        if config_name is None and (files := find_splits(path)):
+            return load_dataset("imagefolder", data_dir=str(path), data_files=files, cache_dir=cache_dir)
+        # Image files are listed, not streamed: a stream of a folder has one class after the other.
         streaming = streaming and not is_listed(load_dataset_builder(str(path), config_name, cache_dir=cache_dir))
         return load_dataset(str(path), config_name, cache_dir=cache_dir, streaming=streaming)
     if name.startswith(("/", ".", "~")):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -27,7 +28,8 @@ _BROKEN_CONTENT = (
     EOFError,
     struct.error,
 )
-_IMAGES_AT_ONCE = 256
+# Decoded before any of them is dropped, so that all cores have some.
+IMAGES_AT_ONCE = 256
 _MOST_NAMED = 10
 
 
@@ -61,10 +63,8 @@ def decode_to_rgb(image: Image.Image | Mapping[str, Any] | str, position: int | 
     """
     path = image if isinstance(image, str) else image.get("path") if isinstance(image, Mapping) else None
     path = path or getattr(image, "filename", None) or None
-    # What fails on the way from another machine says nothing about the image.
-    is_remote = isinstance(image, (str, Mapping)) and "://" in (path or "")
-    # Pillow's readers raise whatever comes to mind.
-    errors = _BROKEN_CONTENT if is_remote else (Exception,)
+    is_embedded = isinstance(image, Mapping) and image.get("bytes") is not None
+    is_remote = isinstance(image, (str, Mapping)) and not is_embedded and "://" in (path or "")
     try:
         if isinstance(image, str):
             image = {"path": image, "bytes": None}
@@ -73,9 +73,9 @@ def decode_to_rgb(image: Image.Image | Mapping[str, Any] | str, position: int | 
         if image.getexif().get(ExifTags.Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)
         return convert_to_rgb(image)
-    except MemoryError:
-        raise
-    except errors as error:
+    except Exception as error:  # Pillow's readers raise whatever comes to mind
+        if not _is_about_content(error, is_remote):
+            raise
         number = "An image" if position is None else f"Image {position}"
         name = f" ('{path}')" if path else ""
         reason = str(error).rstrip(".") or type(error).__name__
@@ -85,6 +85,14 @@ def decode_to_rgb(image: Image.Image | Mapping[str, Any] | str, position: int | 
             path,
             position,
         ) from error
+
+
+def _is_about_content(error: Exception, is_remote: bool) -> bool:
+    """Whether an error says that an image is broken, and not that this machine or another one is in trouble."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return False
+    # Pillow's own errors have no number: "image file is truncated".
+    return not is_remote or isinstance(error, _BROKEN_CONTENT) or (type(error) is OSError and error.errno is None)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -122,16 +130,6 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_broken_images(policy: BrokenImages) -> None:
-    """Refuse what is no way to treat broken images.
-
-    Raises:
-        ValueError: `policy` is neither stop nor skip.
-    """
-    if policy not in get_args(BrokenImages):
-        raise ValueError(f"broken_images is '{policy}'. It must be one of {list(get_args(BrokenImages))}: choose one.")
-
-
 def undecoded(data: datasets.Dataset, column: str) -> datasets.Dataset:
     """Return a data set whose images are left as files, for `decode_to_rgb` to read; others are left as they are."""
     if isinstance(data, datasets.Dataset) and isinstance(data.features.get(column), ImageFeature):
@@ -156,8 +154,8 @@ def drop_broken(data: datasets.Dataset, column: str) -> tuple[datasets.Dataset, 
         ValueError: No image can be read.
     """
     data, kept, broken = undecoded(data, column), [], []
-    for start in range(0, len(data), _IMAGES_AT_ONCE):
-        images = data[start : start + _IMAGES_AT_ONCE][column]
+    for start in range(0, len(data), IMAGES_AT_ONCE):
+        images = data[start : start + IMAGES_AT_ONCE][column]
         for offset, image in enumerate(readable(images)):
             (broken if image is None else kept).append(start + offset)
     if not broken:

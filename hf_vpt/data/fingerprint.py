@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,9 @@ def fingerprint(data: Dataset) -> str:
     """Return 16 hexadecimal digits that depend on the images and classes of a split, but not on their order.
 
     An image counts by the name of its file and folder, the size of the file in bytes, and the name of its class; one
-    without a file name by its contents. So no image is decoded, files are not opened, and where a data set lies on the
-    disk makes no difference. Copies whose files were encoded anew differ.
+    without a file name by its contents. Folders that all images of the split lie in do not count. So no image is
+    decoded, files are not opened, and where a data set lies on the disk makes no difference. The names of all classes
+    count as well, in any order. Copies whose files were encoded anew differ.
 
     Args:
         data: With the columns `image` and `label` of `load_image_dataset`.
@@ -37,7 +37,8 @@ def fingerprint(data: Dataset) -> str:
     total = 0
     for words in _describe_rows(data, names):
         total += int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "big")
-    return hashlib.blake2b(f"{len(data)} {total}".encode(), digest_size=8).hexdigest()
+    classes = "\0".join(sorted(names))
+    return hashlib.blake2b(f"{len(data)} {total} {classes}".encode(), digest_size=8).hexdigest()
 
 
 def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
@@ -47,16 +48,24 @@ def _describe_rows(data: Dataset, names: list[str]) -> Iterator[bytes]:
     contents = pc.struct_field(images, "bytes")
     sizes = _as_array(pc.binary_length(contents)).to_pylist()
     labels = _as_array(labels).to_pylist()
+    above = _num_common_folders(paths[row].as_py() for row in _rows(data))
     for row in _rows(data):
         path, size, label = paths[row].as_py(), sizes[row], labels[row]
         if path:
-            # Windows' paths have other slashes.
-            where = "/".join(PurePosixPath(path.replace("\\", "/")).parts[-2:])
             size = _file_size(path) if size is None else size
-            words = f"{where}\0{size}".encode()
+            words = f"{'/'.join(_split(path)[above:][-2:])}\0{size}".encode()
         else:
             words = contents[row].as_py() or b""
         yield words + b"\0" + (names[label] if label is not None and label >= 0 else "").encode()
+
+
+def _split(path: str) -> list[str]:
+    return path.replace("\\", "/").split("/")  # Windows' paths have other slashes
+
+
+def _num_common_folders(paths: Iterable[str | None]) -> int:
+    folders = {tuple(_split(path)[:-1]) for path in paths if path}
+    return len(os.path.commonprefix(list(folders)))
 
 
 def identify_images(data: Dataset, column: str = "image") -> list[Any]:

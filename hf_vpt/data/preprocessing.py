@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 from PIL import Image
 from transformers import ViTImageProcessor, ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..choices import check_choice
 from .processing import Augmentation, output_size
 from .sources import is_benchmark
 
@@ -72,10 +73,7 @@ def check_preprocessing(preprocessing: Preprocessing, dataset_name: str, augment
     Raises:
         ValueError: It does not.
     """
-    if preprocessing not in get_args(Preprocessing):
-        raise ValueError(
-            f"preprocessing is '{preprocessing}'. It must be one of {list(get_args(Preprocessing))}: choose one."
-        )
+    check_choice("preprocessing", preprocessing, Preprocessing)
     if preprocessing == "processor":
         return
     if not is_benchmark(dataset_name):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torchvision.transforms import v2
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..choices import check_choice
 from .decoding import decode_to_rgb
 
 
@@ -47,10 +48,7 @@ class ImageTransform:
         image_column: str = "image",
         label_column: str = "label",
     ):
-        if augmentation not in get_args(Augmentation):
-            raise ValueError(
-                f"augmentation is '{augmentation}'. It must be one of {list(get_args(Augmentation))}: choose one."
-            )
+        check_choice("augmentation", augmentation, Augmentation)
         self.processor = processor
         self.image_column = image_column
         self.label_column = label_column

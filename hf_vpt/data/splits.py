@@ -8,6 +8,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers.utils import logging
 
+from .decoding import IMAGES_AT_ONCE, BrokenImages, readable, undecoded
+
 
 logger = logging.get_logger(__name__)
 
@@ -23,10 +25,14 @@ SPLIT_NAMES = {
 
 
 def rename_splits(raw: DatasetDict | IterableDatasetDict, name: str) -> DatasetDict | IterableDatasetDict:
-    known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
-    splits = type(raw)({known[split]: data for split, data in raw.items() if split in known})
-    if ignored := sorted(set(raw) - set(known)):
-        logger.warning(f"Data set '{name}': the splits {ignored} are not used.")
+    splits, ignored = type(raw)(), set(raw)
+    for split, aliases in SPLIT_NAMES.items():
+        # Of several names for one split, such as test and eval, the first one in the table.
+        if found := next((alias for alias in aliases if alias in raw), None):
+            splits[split] = raw[found]
+            ignored.remove(found)
+    if ignored:
+        logger.warning(f"Data set '{name}': the splits {sorted(ignored)} are not used.")
     if "train" not in splits:
         raise ValueError(
             f"Data set '{name}' has the splits {sorted(raw)}. One called train is needed: rename the folder or split "
@@ -107,7 +113,9 @@ def check_classes(splits: DatasetDict, name: str, may_lack_classes: bool = False
             )
 
 
-def take_from_each_class(data: Dataset, number: int, seed: int, where: str) -> Dataset:
+def take_from_each_class(
+    data: Dataset, number: int, seed: int, where: str, broken_images: BrokenImages = "stop"
+) -> Dataset:
     """Keep a number of images of each class, drawn by a seed; those of a smaller number are among those of a larger.
 
     Args:
@@ -115,6 +123,8 @@ def take_from_each_class(data: Dataset, number: int, seed: int, where: str) -> D
         number: Images of each class, at least 1.
         seed: Decides which.
         where: The split's name, for error messages.
+        broken_images: With `"skip"`, images are decoded until there are so many of each class that can be read. Those
+            found broken on the way are kept beside them, for `AugmentedImages` to leave out and count.
 
     Raises:
         ValueError: A class has fewer images.
@@ -122,14 +132,29 @@ def take_from_each_class(data: Dataset, number: int, seed: int, where: str) -> D
     if number < 1:
         raise ValueError(f"Found {number} images a class. At least 1 is needed: correct images_per_class.")
     names, labels = data.features["label"].names, np.asarray(data["label"][:])
-    counts = np.bincount(labels, minlength=len(names))
-    if counts.min() < number:
-        few = [f"'{names[label]}' ({counts[label]})" for label in np.flatnonzero(counts < number)]
+    order = np.random.default_rng(seed).permutation(len(labels))
+    drawn = [order[labels[order] == label] for label in range(len(names))]
+    counts, kind = [len(rows) for rows in drawn], "images"
+    if broken_images == "skip":
+        drawn, counts = zip(*(_until_readable(data, rows, number) for rows in drawn))
+        kind = "images that can be read"
+    else:
+        drawn = [rows[:number] for rows in drawn]
+    if min(counts) < number:
+        few = [f"'{title}' ({count})" for title, count in zip(names, counts) if count < number]
         raise ValueError(
-            f"{where} has fewer than {number} images of {len(few)} of its {len(names)} classes: "
+            f"{where} has fewer than {number} {kind} of {len(few)} of its {len(names)} classes: "
             f"{', '.join(few[:MOST_NAMED])}{', ...' if len(few) > MOST_NAMED else ''}. images_per_class needs that "
             "many of each class: ask for fewer, or add images."
         )
-    order = np.random.default_rng(seed).permutation(len(labels))
-    chosen = [order[labels[order] == label][:number] for label in range(len(names))]
-    return data.select(np.sort(np.concatenate(chosen)))
+    return data.select(np.sort(np.concatenate(drawn)))
+
+
+def _until_readable(data: Dataset, rows: np.ndarray, number: int) -> tuple[np.ndarray, int]:
+    """Return the first rows, as many as it takes to have so many images that can be read, and how many can."""
+    files, seen, count = undecoded(data, "image"), 0, 0
+    while count < number and seen < len(rows):
+        more = rows[seen : seen + min(number - count, IMAGES_AT_ONCE)]
+        count += sum(image is not None for image in readable(files[more]["image"]))
+        seen += len(more)
+    return rows[:seen], count

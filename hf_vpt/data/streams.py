@@ -13,8 +13,9 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from ..choices import check_choice
 from .augmented import SharedCounter, SharedTally, draw_seed
-from .decoding import BrokenImages, check_broken_images, readable
+from .decoding import BrokenImages, readable
 from .processing import ImageTransform
 
 
@@ -60,7 +61,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         repeat: bool = False,
         broken_images: BrokenImages = "stop",
     ):
-        check_broken_images(broken_images)
+        check_choice("broken_images", broken_images, BrokenImages)
         if shuffle_buffer_size:
             stream = stream.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
         self.stream = stream

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from ..choices import check_choice
 
 
 Sampler = Literal["grid", "tpe"]
@@ -59,8 +61,7 @@ class SweepArguments:
 
     def __post_init__(self):
         self.axes: dict[str, list[str]] | None = None if self.search_space is None else read_axes(self.search_space)
-        if self.sampler not in get_args(Sampler):
-            raise ValueError(f"sampler is '{self.sampler}'. It must be one of {list(get_args(Sampler))}: choose one.")
+        check_choice("sampler", self.sampler, Sampler)
         if self.sampler == "tpe" and (self.num_trials is None or self.num_trials < 1):
             raise ValueError(
                 f"sampler is 'tpe' and num_trials {self.num_trials}. Drawing settings needs their number, at least 1: "

@@ -1,6 +1,7 @@
 """Training with Trainer and Accelerate: settings, models, metrics, and a whole run in one call."""
 
-from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from ..data.arguments import DataArguments
+from .arguments import BASELINES, ModelArguments, TrainingArguments
 from .comparison import check_comparable
 from .ema import ExponentialMovingAverage
 from .experiment import build_trainer, train_classifier

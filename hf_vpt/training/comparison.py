@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers.trainer_utils import has_length
 
+from ..data.arguments import DataArguments
 from ..data.fingerprint import fingerprint_splits
 from ..data.preprocessing import choose_augmentation
 from ..data.sources import resolve_variant
-from .arguments import DataArguments
 from .images import layers_of
 
 

@@ -158,6 +158,7 @@ def build_trainer(
             images_per_class=data_args.images_per_class,
             validation_images_per_class=data_args.validation_images_per_class,
             train_on_validation=data_args.train_on_validation,
+            broken_images=data_args.broken_images,
         )
     if training_args.n_gpu > 1 and peft_config is not None:
         raise ValueError(

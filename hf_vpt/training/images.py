@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from peft import PeftConfig
 from torch.utils.data import DataLoader
 from transformers.image_processing_utils import BaseImageProcessor
@@ -14,10 +14,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..data import AugmentedImages, ImageTransform, PrefixImages, ResizedImages, StreamedImages, collate_images
+from ..data.arguments import DataArguments
 from ..data.cache import cache_folder
 from ..data.preprocessing import choose_augmentation
+from ..data.sources import is_benchmark
+from ..data.splits import check_classes
 from ..tuners.provpt import PROVPTConfig
-from .arguments import DataArguments, TrainingArguments
+from .arguments import TrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -54,6 +57,10 @@ def prepare_images(
         else:
             transform = augmented if split == "train" else plain
             prepared[split] = AugmentedImages(images, transform, seed, broken)
+            if split == "train" and prepared[split].num_broken:
+                # With them, a class may have lost its only images.
+                left = DatasetDict(train=prepared[split].images)
+                check_classes(left, data_args.dataset_name, may_lack_classes=is_benchmark(data_args.dataset_name))
             if data_args.cache_images:
                 resized = ResizedImages(prepared[split].images, transform, folder, prepared[split].num_broken)
                 prepared[split] = AugmentedImages(resized, resized.finish, seed)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 from peft import PeftConfig
 from transformers import HfArgumentParser
 
-from .arguments import BASELINES, DataArguments, ModelArguments, TrainingArguments
+from ..data.arguments import DataArguments
+from .arguments import BASELINES, ModelArguments, TrainingArguments
 from .baselines import LORA_FIELDS, BaselineLoraConfig
 from .recipes import read_recipe
 

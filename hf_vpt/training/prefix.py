@@ -12,11 +12,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..data import collate_images
+from ..data.arguments import DataArguments
 from ..data.cache import cache_folder, make_key
 from ..data.fingerprint import identify_images
 from ..data.prefixes import PrefixImages
 from ..prefix import FrozenPrefix, first_block_with_prompts
-from .arguments import DataArguments
 from .images import without_transforms
 from .parsing import Settings
 

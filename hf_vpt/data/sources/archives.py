@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -12,18 +14,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import datasets
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 SECONDS_A_DAY = 24 * 3600
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Return the folder for what is unpacked: a subfolder of `cache_dir`, or of the cache of `datasets`."""
-    return Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "hf_vpt"
 
 
 def content_key(members: Sequence[zipfile.ZipInfo]) -> str:
@@ -53,14 +49,13 @@ def extract_folder(archive: zipfile.ZipFile, prefix: str, folder: Path) -> Path:
     members = [info for info in archive.infolist() if info.filename.startswith(prefix) and not info.is_dir()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(info.file_size for info in members), shutil.disk_usage(folder.parent).free
+    no_room = (
+        f"'{folder.parent}' has {free / 1e6:,.0f} MB left and '{archive.filename}' needs {needed / 1e6:,.0f} MB "
+        "there. Unpacked images must fit on the disk: free some space, or set HF_HOME to a folder on another disk."
+    )
     if needed > free:
-        raise OSError(
-            f"'{folder.parent}' has {free / 1e6:,.0f} MB left and '{archive.filename}' needs {needed / 1e6:,.0f} MB "
-            "there. Unpacked images must fit on the disk: free some space, or set HF_DATASETS_CACHE to another disk."
-        )
-    for left in folder.parent.glob(f"{folder.name}.draft-*"):  # by a process that was killed, if it is old
-        if time.time() - left.stat().st_mtime > SECONDS_A_DAY:
-            shutil.rmtree(left, ignore_errors=True)
+        raise OSError(errno.ENOSPC, no_room)
+    _remove_old_drafts(folder)
     logger.warning(f"Unpacking {len(members)} files of '{archive.filename}' to '{folder}'.")
     draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}.draft-", dir=folder.parent))
     try:
@@ -69,10 +64,13 @@ def extract_folder(archive: zipfile.ZipFile, prefix: str, folder: Path) -> Path:
             archive.extract(info, draft)
         draft.chmod(0o755)
         os.replace(draft, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was faster, and unpacked the same
+    except OSError as error:
+        # Else another process was faster, and unpacked the same.
+        if not folder.is_dir():
+            if error.errno == errno.ENOSPC:  # others write to the disk too
+                raise OSError(errno.ENOSPC, no_room) from error
             raise
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise ValueError(
             f"'{archive.filename}' is damaged ({error}). Its files must have the checksums that it holds: download "
             "it again."
@@ -80,3 +78,11 @@ def extract_folder(archive: zipfile.ZipFile, prefix: str, folder: Path) -> Path:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def _remove_old_drafts(folder: Path) -> None:
+    """Remove what processes that were killed have left, if it is old: others may be at work now."""
+    for left in folder.parent.glob(f"{folder.name}.draft-*"):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
+            if time.time() - left.stat().st_mtime > SECONDS_A_DAY:
+                shutil.rmtree(left, ignore_errors=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
+from transformers.utils import logging
 
 from .official import READERS
 from .split_lists import load_split_lists
 from .table import FGVC, FGVCSet
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_fgvc(
@@ -16,10 +20,14 @@ def load_fgvc(
 ) -> DatasetDict:
     """Load the published splits of a set; see `load_benchmark`."""
     fgvc_set = FGVC[set_name]
-    if variant == "official":
-        return READERS[fgvc_set.layout](_find_folder(Path(data_dir).expanduser(), fgvc_set, set_name))
-    if variant == "lists":
-        return load_split_lists(Path(data_dir).expanduser(), set_name)
+    if variant in ("official", "lists"):
+        folder = Path(data_dir).expanduser()
+        if variant == "official":
+            splits = READERS[fgvc_set.layout](_find_folder(folder, fgvc_set, set_name))
+        else:
+            splits = load_split_lists(folder, set_name)
+        _check_number_of_classes(splits, set_name, folder)
+        return splits
     raw = load_dataset(fgvc_set.repo, revision=revision, cache_dir=cache_dir)
     # Some repositories hold corrupted or blurred copies of the test images as further splits.
     splits = DatasetDict({split: raw[split] for split in ("train", "validation", "test") if split in raw})
@@ -47,6 +55,22 @@ def _find_folder(path: Path, fgvc_set: FGVCSet, name: str) -> Path:
     raise FileNotFoundError(
         f"'{path}' is not fgvc/{name} as its authors publish it: {', '.join(missing)} cannot be found. All of the "
         "official files are needed: unpack them to this folder, or correct dataset_dir."
+    )
+
+
+def _check_number_of_classes(splits: DatasetDict, name: str, folder: Path) -> None:
+    """Tell another set in the same layout by its classes: CUB and NABirds have one, and VPT's lists are all alike."""
+    found, needed = splits["train"].features["label"].num_classes, FGVC[name].num_classes
+    if found == needed:
+        return
+    if other := next((other for other, fgvc_set in FGVC.items() if fgvc_set.num_classes == found), None):
+        raise ValueError(
+            f"'{folder}' has {found} classes, as fgvc/{other} has. The {needed} classes of fgvc/{name} are needed: "
+            "correct dataset_dir, or name the other set as the data set."
+        )
+    logger.warning(
+        f"'{folder}' has {found} classes, and fgvc/{name} as published has {needed}: scores on it cannot be "
+        "compared with published ones."
     )
 
 

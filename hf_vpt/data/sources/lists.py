@@ -48,7 +48,7 @@ def load_list(file: Path, image_column: str | None = None) -> DatasetDict:
     rows = _read_rows(file)
     if not rows:
         raise ValueError(f"'{file}' has no rows. One a training image is needed: look whether the file is whole.")
-    columns = list(rows[0])
+    columns = [column for column in rows[0] if column is not None]
     path_column = image_column or next((name for name in PATH_COLUMN_NAMES if name in columns), None)
     if path_column not in columns:
         raise ValueError(
@@ -56,6 +56,11 @@ def load_list(file: Path, image_column: str | None = None) -> DatasetDict:
             "with the paths of the images is needed: name it with image_column."
         )
     for number, row in enumerate(rows, start=1):
+        if None in row:  # where csv puts what is too much
+            raise ValueError(
+                f"Row {number} of '{file}' has {len(columns) + len(row[None])} values for {len(columns)} columns. A "
+                "value with a comma or tab in it needs quotes: correct the row."
+            )
         if empty := [column for column in columns if row.get(column) in (None, "")]:
             raise ValueError(
                 f"Row {number} of '{file}' has no {' and no '.join(empty)}. Every image needs a value in every "
@@ -80,10 +85,10 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
                 rows = json.load(stream)
             else:
                 rows = list(csv.DictReader(stream, delimiter="," if suffix == ".csv" else "\t"))
-        except (json.JSONDecodeError, csv.Error) as error:
+        except (json.JSONDecodeError, csv.Error, UnicodeDecodeError) as error:
             raise ValueError(
-                f"'{file}' cannot be read as {suffix[1:]} ({error}). A list of images and classes is needed: correct "
-                "the file, or give it the ending of what it is."
+                f"'{file}' cannot be read as {suffix[1:]} ({error}). A list of images and classes, in UTF-8, "
+                "is needed: correct the file, or give it the ending of what it is."
             ) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(

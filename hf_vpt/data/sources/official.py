@@ -18,11 +18,19 @@ def read_birds(folder: Path) -> DatasetDict:
     classes = _read_pairs(folder / "image_class_labels.txt")
     is_train = _read_pairs(folder / "train_test_split.txt")
     names = _read_pairs(folder / "classes.txt")
-    for file, known in (("image_class_labels.txt", classes), ("train_test_split.txt", is_train)):
+    for file, known, needed, is_right in (
+        ("image_class_labels.txt", classes, "A number", str.isdecimal),
+        ("train_test_split.txt", is_train, "0 (test) or 1 (train)", ("0", "1").__contains__),
+    ):
         if unknown := paths.keys() - known.keys():
             raise ValueError(
                 f"'{folder / file}' does not know the image '{min(unknown)}' of images.txt. Every image is needed in "
                 "it: get the files anew, all from the same release."
+            )
+        if wrong := [image for image in paths if not is_right(known[image])]:
+            raise ValueError(
+                f"'{folder / file}' has '{known[wrong[0]]}' for the image '{wrong[0]}'. {needed} is needed: get the "
+                "file anew."
             )
     # NABirds' ids have gaps: most of its 1,011 classes are only groups of others.
     ids = sorted({classes[image] for image in paths}, key=int)
@@ -50,9 +58,9 @@ def read_flowers(folder: Path) -> DatasetDict:
     def split(key: str) -> Dataset:
         ids = np.atleast_1d(_read_mat(file, key)).astype(int)
         files = [folder / "jpg" / f"image_{number:05d}.jpg" for number in ids]
-        if ids.max(initial=0) > len(labels):
+        if outside := [number for number in ids if not 1 <= number <= len(labels)]:
             raise ValueError(
-                f"'{file}' names image {ids.max()}, and imagelabels.mat has {len(labels)}. Both must be of one "
+                f"'{file}' names image {outside[0]}, and imagelabels.mat has {len(labels)}. Both must be of one "
                 "release: get them anew."
             )
         names = [str(number) for number in range(1, max(102, int(labels.max())) + 1)]
@@ -147,7 +155,13 @@ def _read_mat(file: Path, key: str) -> Any:
             f"Found '{file}' and no SciPy. MATLAB files are read with that package: install it with "
             "`pip install scipy`, or use the variant hub."
         ) from error
-    content = loadmat(file, simplify_cells=True)
+    try:
+        content = loadmat(file, simplify_cells=True)
+    except Exception as error:  # SciPy has no common class for what it finds wrong
+        raise ValueError(
+            f"'{file}' cannot be read as a MATLAB file ({error}). The file of the official release is "
+            "needed: get it anew."
+        ) from error
     if key not in content:
         raise ValueError(
             f"'{file}' holds {sorted(name for name in content if not name.startswith('__'))} and no '{key}'. The "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_dataset
@@ -22,15 +23,25 @@ def has_shards(folder: Path) -> bool:
 
 
 def find_shards(folder: Path) -> dict[str, list[str]]:
-    """Return the .tar files of each split, which the name of their folder or the start of their own name tells.
+    """Return the .tar files of each split, which a word of their own name or of their folder's name tells.
 
-    What names no split is training data.
+    `train-000.tar`, `images-train-000.tar`, `train/000.tar` and `train_images/000.tar` are training data, and so is
+    what names no split.
+
+    Raises:
+        ValueError: A name tells of two splits.
     """
     known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
     shards: dict[str, list[str]] = {}
     for file in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
-        word = file.stem.replace("_", "-").partition("-")[0] if file.parent == folder else file.parent.name
-        shards.setdefault(known.get(word.lower(), "train"), []).append(str(file))
+        words = re.split("[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower())
+        splits = sorted({known[word] for word in words if word in known})
+        if len(splits) > 1:
+            raise ValueError(
+                f"'{file}' names the splits {' and '.join(splits)}. The images of a shard belong to one split: rename "
+                "the file or its folder."
+            )
+        shards.setdefault(splits[0] if splits else "train", []).append(str(file))
     return shards
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import zipfile
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from .archives import cache_folder, content_key, extract_folder
+from ..cache import cache_folder
+from .archives import content_key, extract_folder
 from .listed import listed_images
-from .shards import SHARDS_ON_THE_HUB, has_shards, load_shards, load_shards_from_hub
+from .shards import CLASS_COLUMN, SHARDS_ON_THE_HUB, has_shards, load_shards, load_shards_from_hub
 from .table import VTAB, VTAB_FILE, VTAB_REPO, VTABTask
 
 
@@ -28,8 +30,12 @@ def load_vtab(
     """Load train, validation and test of a task; see `load_benchmark`."""
     task = VTAB[task_name]
     if variant == "full":
-        return _draw(task, data_dir, revision, cache_dir, seed)
-    path = _download(revision, cache_dir) if data_dir is None else _find_local(Path(data_dir).expanduser(), task)
+        return _draw(task_name, data_dir, revision, cache_dir, seed)
+    if data_dir is None:
+        path = _download(revision, cache_dir)
+    else:
+        path = _find_local(Path(data_dir).expanduser(), task)
+        _refuse_other_task(path, task_name, {other.folder: name for name, other in VTAB.items()})
     folder = _unpack(path, task, cache_dir) if path.is_file() else path
     names = [str(number) for number in range(task.num_classes)]
     return DatasetDict({split: _read_list(folder / name, names) for split, name in LISTS.items()})
@@ -42,6 +48,14 @@ def _download(revision: str | None, cache_dir: str | None) -> Path:
         raise FileNotFoundError(
             f"{VTAB_FILE} of {VTAB_REPO} is neither on this disk nor can it be downloaded ({error}). Its 4.66 GB are "
             "needed once: look at the network and at dataset_revision, or pass a copy of the file as dataset_dir."
+        ) from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full, and {VTAB_FILE} of {VTAB_REPO} must go there. Its 4.66 GB, and as much again for the "
+            "images of all tasks, are needed: free some space, or set HF_HOME to a folder on another disk.",
         ) from error
 
 
@@ -58,6 +72,16 @@ def _find_local(path: Path, task: VTABTask) -> Path:
     if (path / VTAB_FILE).is_file():
         return path / VTAB_FILE
     raise FileNotFoundError(_not_vtab(str(path), [f"{task.folder}/{name}" for name in ALL_LISTS]))
+
+
+def _refuse_other_task(folder: Path, task_name: str, tasks: dict[str, str]) -> None:
+    """Raise if the name of a folder is that of another task, whose classes may well fit in the range of this one."""
+    other = tasks.get(folder.resolve().name, task_name)
+    if other != task_name:
+        raise ValueError(
+            f"Found the folder '{folder}' for vtab/{task_name}, and it is that of vtab/{other}. Images and classes "
+            "of the task itself are needed: correct dataset_dir, or name the other task as the data set."
+        )
 
 
 def _not_vtab(found: str, missing: list[str]) -> str:
@@ -80,11 +104,11 @@ def _unpack(path: Path, task: VTABTask, cache_dir: str | None) -> Path:
         last = f"{task.folder}/{LISTS['test']}"
         # The folder of the task may lie in others, and archives made on a Mac hold a shadow of each file.
         ends = [name for name in names if f"/{name}".endswith(f"/{last}") and not name.startswith("__MACOSX/")]
-        prefix = min(ends, key=len)[: -len(LISTS["test"])] if ends else f"{task.folder}/"
+        prefix = min(ends, key=lambda name: (len(name), name))[: -len(LISTS["test"])] if ends else f"{task.folder}/"
         if missing := [name for name in ALL_LISTS if prefix + name not in names]:
             raise ValueError(_not_vtab(str(path), [f"{task.folder}/{name}" for name in missing]))
         members = [info for info in archive.infolist() if info.filename.startswith(prefix)]
-        folder = cache_folder(cache_dir) / "vtab-1k" / content_key(members) / task.folder
+        folder = cache_folder(cache_dir, "vtab-1k") / content_key(members) / task.folder
         return extract_folder(archive, prefix, folder)
 
 
@@ -108,9 +132,11 @@ def _read_list(file: Path, names: list[str]) -> Dataset:
     return listed_images([base / path for path in paths], labels, names, f"'{file}'")
 
 
-def _draw(task: VTABTask, data_dir: str | None, revision: str | None, cache_dir: str | None, seed: int) -> DatasetDict:
+def _draw(task_name: str, data_dir: str | None, revision: str | None, cache_dir: str | None, seed: int) -> DatasetDict:
+    task = VTAB[task_name]
+    num_values = task.num_values or task.num_classes
     if data_dir is None:
-        where, raw = task.full_repo, load_shards_from_hub(task.full_repo, revision, cache_dir, task.num_classes)
+        where, raw = task.full_repo, load_shards_from_hub(task.full_repo, revision, cache_dir, num_values)
     else:
         above = Path(data_dir).expanduser()
         folder = next((f for f in (above / task.full_repo.partition("/")[2], above) if has_shards(f)), None)
@@ -120,12 +146,16 @@ def _draw(task: VTABTask, data_dir: str | None, revision: str | None, cache_dir:
                 f"{' and '.join(SHARDS_ON_THE_HUB.values())}: correct dataset_dir, or leave it out to have them "
                 "downloaded."
             )
-        where, raw = str(folder), load_shards(folder, cache_dir, num_classes=task.num_classes)
+        repos = {other.full_repo.partition("/")[2]: name for name, other in VTAB.items()}
+        _refuse_other_task(folder, task_name, repos)
+        where, raw = str(folder), load_shards(folder, cache_dir, num_classes=num_values)
     if missing := {"train", "test"} - set(raw):
         raise ValueError(
             f"'{where}' has the splits {sorted(raw)} and no {' or '.join(sorted(missing))}. VTAB-1k draws from the "
             "first and scores on the other: get the missing shards."
         )
+    if task.num_values is not None:
+        raw = _group_values(raw, task)
     order = np.random.default_rng(seed).permutation(len(raw["train"]))
     if len(order) < TRAIN_SIZE + VALIDATION_SIZE:
         raise ValueError(
@@ -136,4 +166,26 @@ def _draw(task: VTABTask, data_dir: str | None, revision: str | None, cache_dir:
         train=raw["train"].select(order[:TRAIN_SIZE]),
         validation=raw["train"].select(order[TRAIN_SIZE : TRAIN_SIZE + VALIDATION_SIZE]),
         test=raw["test"],
+    )
+
+
+def _group_values(raw: DatasetDict, task: VTABTask) -> DatasetDict:
+    """Bring the values of a quantity to the bins that are its classes, unless the shards hold the bins themselves."""
+    if not all(isinstance(data.features.get(CLASS_COLUMN), ClassLabel) for data in raw.values()):
+        return raw  # and classes in another column, about which nothing is known
+    values = {
+        split: np.array([-1 if value is None else value for value in data[CLASS_COLUMN]])
+        for split, data in raw.items()
+    }
+    is_fine = any(numbers.max(initial=0) >= task.num_classes for numbers in values.values())
+    num_values = task.num_values if is_fine else task.num_classes
+    feature = ClassLabel(names=[str(number) for number in range(task.num_classes)])
+    return DatasetDict(
+        {
+            # A value of -1 stays one: an image without a class.
+            split: data.remove_columns(CLASS_COLUMN).add_column(
+                CLASS_COLUMN, values[split] * task.num_classes // num_values, feature=feature
+            )
+            for split, data in raw.items()
+        }
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ...choices import check_choice
 from ...hub import add_loading_lines
 from .checkpoint import verify_checkpoint
 from .prompts import BlockLayout
@@ -196,9 +196,8 @@ class PromptConfig(PeftConfig):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             self.fail(name, "a finite number above 0")
 
-    def check_choice(self, name: str, choices: Collection[str]) -> None:
-        if getattr(self, name) not in choices:
-            self.fail(name, "one of " + ", ".join(repr(choice) for choice in choices))
+    def check_choice(self, name: str, choices: Any) -> None:
+        check_choice(f"{type(self).__name__}.{name}", getattr(self, name), choices)
 
     def _list_of(self, name: str, kind: type) -> list | None:
         """The field as a list, from a list, tuple, set or single value of `kind`."""

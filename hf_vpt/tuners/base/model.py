@@ -18,10 +18,14 @@ from transformers import PreTrainedModel
 
 from ...attention import BakedKeysValues
 from ...backbones import Backbone, find_backbone
+from ...choices import check_choice
 from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_frozen_modules
 from .checkpoint import verify_tensors
 from .config import PromptConfig
 from .prompts import BlockLayout, Prompts, StaticPrompts
+
+
+Insertion = Literal["keys_values", "tokens"]
 
 
 class EmbeddingsHook:
@@ -188,7 +192,7 @@ class PromptTuner(BaseTuner):
         name = adapter_name or self.active_adapters[0]
         return {block.index: block.prompts[name] for block in self.prompted_blocks() if name in block.prompts}
 
-    def set_insertion(self, insertion: Literal["keys_values", "tokens"]) -> None:
+    def set_insertion(self, insertion: Insertion) -> None:
         """Chooses how deep prompts get into a block; both are the same function.
 
         Args:
@@ -196,8 +200,7 @@ class PromptTuner(BaseTuner):
                 concatenates them with the tokens, runs the whole block on them and cuts their outputs off, as the
                 published implementations do.
         """
-        if insertion not in ("keys_values", "tokens"):
-            raise ValueError(f"insertion is {insertion!r}. It must be 'keys_values' or 'tokens'.")
+        check_choice("insertion", insertion, Insertion)
         if insertion == "tokens" and self._backbone.record.windows is not None:
             raise ValueError(
                 f"Found insertion='tokens' for a {self._backbone.record.title}, whose attention splits a grid of "

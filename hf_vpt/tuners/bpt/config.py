@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from ..base import PromptConfig
 
@@ -51,7 +51,7 @@ class BPTConfig(PromptConfig):
         super().__post_init__()
         self.check_int("rank", low=1)
         self.check_int("num_whitening_images", low=1)
-        self.check_choice("basis", get_args(Basis))
+        self.check_choice("basis", Basis)
         if self.token_dim is not None:
             self.check_rank(self.token_dim)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from ...choices import check_choice
 from .model import BPTModel
 
 
@@ -48,8 +49,7 @@ class WhiteningStatistics:
     """
 
     def __init__(self, query_weight: torch.Tensor, key_weight: torch.Tensor, estimate: Estimate = "tokens"):
-        if estimate not in get_args(Estimate):
-            raise ValueError(f"estimate is {estimate!r}. It must be one of {', '.join(get_args(Estimate))}.")
+        check_choice("estimate", estimate, Estimate)
         # Sums over many tokens of squares: float64, or the small singular values are rounding noise.
         # On the CPU, because not every accelerator knows float64.
         self.product = query_weight.cpu().double() @ key_weight.cpu().double().T

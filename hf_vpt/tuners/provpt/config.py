@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from ..base import PromptConfig
 
@@ -69,9 +69,9 @@ class PROVPTConfig(PromptConfig):
         super().__post_init__()
         if not self.deep:
             self.fail("deep", "True: PRO-VPT distributes prompts over blocks")
-        self.check_choice("score", get_args(Score))
-        self.check_choice("scoring", get_args(Scoring))
-        self.check_choice("allocation", get_args(Allocation))
+        self.check_choice("score", Score)
+        self.check_choice("scoring", Scoring)
+        self.check_choice("allocation", Allocation)
         self.check_int("allocation_seed", low=0)
         self.check_int("relocation_warmup", low=0)
         if self.score_clip is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from ..base import PromptConfig
 
@@ -81,8 +81,8 @@ class VAPTConfig(PromptConfig):
         if not self.deep:
             self.fail("deep", "True: VAPT makes the prompts of a block from the block's own input")
         self.check_int("num_static_layers", low=0)
-        self.check_choice("pooling", get_args(Pooling))
-        self.check_choice("projector_activation", get_args(Activation))
+        self.check_choice("pooling", Pooling)
+        self.check_choice("projector_activation", Activation)
         self.check_int("kernel_size", low=1)
         self.check_int("padding", low=0)
         self.check_int("projector_dim", low=1)
