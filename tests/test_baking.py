@@ -108,6 +108,17 @@ def test_a_baked_model_exports_to_a_program_that_takes_any_number_of_images(name
         )
 
 
+@pytest.mark.parametrize("name", ["vapt", "vpt_shallow"])
+def test_a_model_that_cannot_be_baked_exports_as_it_is(name, pixel_values):
+    model = wrap(BACKBONES["vit"], name)
+    with pytest.raises(ValueError, match="export the wrapped model as it is"):
+        model.bake()
+    expected = output_of(model, pixel_values)
+    inputs = inputs_of(model, pixel_values)
+    program = torch.export.export(model, (), inputs).module()
+    torch.testing.assert_close(output_of_program(program, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
 def output_of_program(program, inputs):
     output = program(**inputs)
     return output.logits if "logits" in output else output.last_hidden_state
