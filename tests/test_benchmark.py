@@ -151,6 +151,11 @@ def test_an_unknown_variant_is_an_error_that_names_the_known_ones():
         run_benchmark(BenchmarkArguments(variants=["VPT-Deeper"]))
 
 
+def test_processor_time_of_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="clock is 'processor' and device 'cuda'.*measure with clock 'wall'"):
+        run_benchmark(BenchmarkArguments(clock="processor", device="cuda"))
+
+
 def test_the_script_leaves_a_table_numbers_and_a_picture(tmp_path, monkeypatch, capsys):
     sys.path.insert(0, str(ROOT / "scripts"))
     try:

@@ -1,6 +1,7 @@
 """What prompts may cost, counted and not timed: nobody brings the prompt tokens' queries and MLP back by accident."""
 
 import copy
+import time
 import weakref
 
 import pytest
@@ -161,3 +162,9 @@ def test_computations_are_timed_in_turn_and_none_always_after_the_same_other():
         before = [calls[index - 1] for index in range(1, len(calls)) if calls[index] == name]
         assert max(map(before.count, before)) <= 5, name
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abcd", 7)
+
+
+def test_processor_time_leaves_out_what_others_take():
+    runs = {"waits": lambda: time.sleep(0.2)}
+    assert interleaved_seconds(runs, repeats=1, warmup=0)["waits"][0] >= 0.2
+    assert interleaved_seconds(runs, repeats=1, warmup=0, clock="processor")["waits"][0] < 0.1

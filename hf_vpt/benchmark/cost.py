@@ -98,8 +98,15 @@ def _status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
 def interleaved_seconds(
-    runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 1, device: torch.device | str = "cpu"
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of several computations, measured in turn, so that a slow moment of the machine hits all of them.
 
@@ -108,24 +115,25 @@ def interleaved_seconds(
         repeats: Measurements of each.
         warmup: Rounds before the first measurement.
         device: Where they run.
+        clock: `"wall"`, or `"processor"`: time that the threads of this process worked, all together.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(warmup + repeats):
         # In another order each time: what always came right after the same other one would meet its leavings in the
         # caches. The same order in all processes.
         for name, run in random.Random(repeat).sample(list(runs.items()), len(runs)):
-            elapsed = _time(run, device)
+            elapsed = _time(run, device, CLOCKS[clock])
             if repeat >= warmup:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def _time(run: Callable[[], Any], device: torch.device | str) -> float:
+def _time(run: Callable[[], Any], device: torch.device | str, now: Callable[[], float]) -> float:
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # the slowest process begins, and all of them end with the average of gradients
     wait()
-    start = time.perf_counter()
+    start = now()
     run()
     wait()
-    return time.perf_counter() - start
+    return now() - start

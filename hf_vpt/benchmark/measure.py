@@ -41,6 +41,7 @@ class BenchmarkArguments:
         device: `"cpu"` or `"cuda"`.
         dtype: Number format: of weights and images, or `"autocast"` for bfloat16 products on float32 weights.
         num_threads: Threads of PyTorch on a CPU.
+        clock: `"wall"`, or `"processor"`: time in which the process worked, which others on a busy machine disturb less.
         attn_implementation: Attention backend of Transformers.
         compile: Whether each model is measured a second time, compiled.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
@@ -62,6 +63,9 @@ class BenchmarkArguments:
         default="float32", metadata={"help": "Number format; autocast computes float32 weights in bfloat16."}
     )
     num_threads: int = field(default=2, metadata={"help": "Threads of PyTorch."})
+    clock: Literal["wall", "processor"] = field(
+        default="wall", metadata={"help": "Time that passed, or time in which the process worked."}
+    )
     attn_implementation: str = field(default="sdpa", metadata={"help": "Attention backend."})
     compile: bool = field(default=False, metadata={"help": "Measure compiled models as well."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations a second time."})
@@ -159,6 +163,11 @@ def _check(args: BenchmarkArguments) -> None:
     ):
         if unknown := [value for value in values if value not in known]:
             raise ValueError(f"{name} has {unknown}. Known are {known}: correct them.")
+    if args.clock == "processor" and args.device != "cpu":
+        raise ValueError(
+            f"clock is 'processor' and device '{args.device}'. Processor time does not see what a device does: measure "
+            "with clock 'wall', or on the CPU."
+        )
     if max(args.num_adapters) > 1 and (args.modes != ["inference"] or max(args.num_adapters) > min(args.batch_size)):
         raise ValueError(
             f"num_adapters has {max(args.num_adapters)}, with modes {args.modes} and batches of {args.batch_size}. "
@@ -211,7 +220,7 @@ def _measure_round(
             forwards[form] = _forward(called, inputs, args, grad=mode == "training")
             runs[form] = _step(model, forwards[form]) if mode == "training" else forwards[form]
     with _compiling(len(runs)) if args.compile else nullcontext():
-        seconds = interleaved_seconds(runs, args.repeats, device=args.device)
+        seconds = interleaved_seconds(runs, args.repeats, device=args.device, clock=args.clock)
     results = []
     for name, model in measured.items():
         counts: dict[str, int | None] = {}
