@@ -49,7 +49,8 @@ def main() -> None:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "peft"))
     text = (
         f"{BENCHMARK_BACKBONES[args.backbone].title}, {args.image_size} pixels, {args.dtype}, "
-        f"{args.attn_implementation}, {machine}, {threads}, {versions}; medians of {args.repeats}, {args.clock} time\n\n"
+        f"{args.attn_implementation}, {machine}, {threads}, {versions}; "
+        f"medians of {args.repeats}, {args.clock} time\n\n"
         f"    python {shlex.join(sys.argv)}\n\n{to_markdown(results)}"
     )
     print(text)

@@ -41,7 +41,7 @@ class BenchmarkArguments:
         device: `"cpu"` or `"cuda"`.
         dtype: Number format: of weights and images, or `"autocast"` for bfloat16 products on float32 weights.
         num_threads: Threads of PyTorch on a CPU.
-        clock: `"wall"`, or `"processor"`: time in which the process worked, which others on a busy machine disturb less.
+        clock: `"wall"`, or `"processor"`: time in which the process worked, which others disturb less.
         attn_implementation: Attention backend of Transformers.
         compile: Whether each model is measured a second time, compiled.
         gradient_checkpointing: Whether activations are computed a second time instead of kept.
@@ -165,8 +165,8 @@ def _check(args: BenchmarkArguments) -> None:
             raise ValueError(f"{name} has {unknown}. Known are {known}: correct them.")
     if args.clock == "processor" and args.device != "cpu":
         raise ValueError(
-            f"clock is 'processor' and device '{args.device}'. Processor time does not see what a device does: measure "
-            "with clock 'wall', or on the CPU."
+            f"clock is 'processor' and device '{args.device}'. Processor time does not see what a device does: "
+            "measure with clock 'wall', or on the CPU."
         )
     if max(args.num_adapters) > 1 and (args.modes != ["inference"] or max(args.num_adapters) > min(args.batch_size)):
         raise ValueError(
