@@ -59,7 +59,7 @@ table: setup  ## train every demo configuration with every seed and print the RE
 	done; done
 	$(BIN)/python scripts/report.py $(TABLE)
 
-results: setup  ## sweep every method and baseline on the digits and the drawn sets: docs/results.md; several may run at once
+results: setup  ## sweep every method and baseline on the digits and the drawn sets; several may run at once
 	set -e; for data in $(RESULTS_DATA); do for config in $(sort $(wildcard configs/sweeps/*.yaml)); do \
 	    $(BIN)/python scripts/sweep.py --config $$config --dataset_name $$data \
 	        --output_dir $(RESULTS)/$$data/$$(basename $$config .yaml) $(ARGS); \

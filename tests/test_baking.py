@@ -36,7 +36,7 @@ def test_a_baked_model_computes_what_the_wrapped_one_did_and_holds_nothing_of_pe
     assert not any(
         isinstance(module, PromptedBlock) or "peft" in type(module).__module__ for module in baked.modules()
     )
-    assert not any(parameter.requires_grad and "prompts" in name for name, parameter in baked.named_parameters())
+    assert not any(parameter.requires_grad for parameter in baked.parameters())
     assert not hasattr(baked, "peft_config")
 
 

@@ -123,7 +123,9 @@ RESULT = {
     ],
 )
 def test_results_on_different_data_are_not_compared(changed, words):
-    with pytest.raises(ValueError, match=f"'vtab/cifar100' with .*{words}.*must be on the same images.*two tables"):
+    with pytest.raises(
+        ValueError, match=f"'vtab/cifar100' with .*{words}.*must be on the same images.*one of them at a time"
+    ):
         check_comparable({"first": RESULT, "second": RESULT | changed})
     other = RESULT | changed | {"dataset_name": "vtab/dtd"}
     check_comparable({"first": RESULT, "second": RESULT, "third": other})

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
 
 from hf_vpt.data import load_image_dataset
@@ -288,3 +289,13 @@ def test_a_folder_whose_images_are_described_by_a_file_is_left_to_datasets(tmp_p
     splits = load(folder, tmp_path)
     assert splits["train"].features["label"].names == ["0", "1"]
     assert sum(len(data) for data in splits.values()) == 20
+
+
+@pytest.mark.parametrize("error", [ConnectionError, DatasetNotFoundError])
+def test_a_name_that_neither_the_disk_nor_the_hub_knows_is_an_error_that_says_what_names_are(error, monkeypatch):
+    def refuse(name, *args, **kwargs):
+        raise error(f"no {name}")
+
+    monkeypatch.setattr("hf_vpt.data.datasets.load_dataset", refuse)
+    with pytest.raises(error, match=r"'digit' is no folder.*\(no digit\).*data set is 'digits'.*correct the name"):
+        load_image_dataset("digit")

@@ -113,6 +113,36 @@ def test_results_on_different_data_are_refused(tmp_path, changed, words):
         rows_of(tmp_path)
 
 
+def test_runs_that_learned_from_other_parts_of_one_data_set_have_tables_of_their_own(tmp_path):
+    write_run(tmp_path / "whole")
+    write_run(tmp_path / "train", train_on_validation=False, dataset_fingerprint={"train": "5", "test": "2"})
+    for method in ("vpt", "bpt"):
+        write_run(
+            tmp_path / method, method=method, images_per_class=4, dataset_fingerprint={"train": "6", "test": "2"}
+        )
+    lines = to_markdown(rows_of(tmp_path)).splitlines()
+    found = [line for line in lines if line.startswith(("## vtab", "| VPT", "| BPT"))]
+    assert [line.partition(" trained on ")[2] or line[2:5] for line in found[:7]] == [
+        *(f"4 images a class of train and validation, {BACKBONE}", "VPT", "BPT"),
+        *(f"train, {BACKBONE}", "VPT"),
+        *(f"train and validation, {BACKBONE}", "VPT"),
+    ]
+
+
+def test_other_test_images_are_refused_whatever_was_learned_from(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", train_on_validation=False, dataset_fingerprint={"train": "5", "test": "6"})
+    with pytest.raises(ValueError, match=r"dataset_fingerprint \{'test': '2'\}.*and \{'test': '6'\}"):
+        rows_of(tmp_path)
+
+
+def test_runs_in_a_folder_can_be_excluded_by_their_paths(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "copies" / "a")
+    runs, _ = read_runs([tmp_path], exclude=["*/copies/*"])
+    assert [run.source for run in runs] == [str(tmp_path / "a" / "metrics.json")]
+
+
 def test_results_of_which_nobody_knows_the_data_may_stand_together(tmp_path):
     unknown = {"dataset_variant": None, "dataset_fingerprint": None, "preprocessing": None}
     write_run(tmp_path / "a", **unknown)

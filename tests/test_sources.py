@@ -684,7 +684,7 @@ def test_a_list_may_say_which_image_is_in_which_split(load, images):
 @pytest.mark.parametrize(
     ("ending", "rows", "words"),
     [
-        ("csv", [{"image": "pictures/1.png"}], r"0 columns that could hold the classes.*label_column"),
+        ("csv", [{"image": "pictures/1.png"}], r"no column that could hold the classes; it has 'image'.*add a col"),
         ("csv", [{"where": "pictures/1.png", "label": 1}], r"columns \['where', 'label'\] and none called image,"),
         ("csv", [{"image": "pictures/1.png", "label": ""}], r"Row 1 of .* has no label.*fill it in"),
         ("jsonl", [{"image": "pictures/1.png", "label": 1}, {"image": "pictures/1.png"}], r"Row 2 of .* has no label"),

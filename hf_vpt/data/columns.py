@@ -83,6 +83,12 @@ def find_label_column(features: datasets.Features, image_column: str, name: str)
     by_name = [column for column in LABEL_COLUMN_NAMES if column in by_type]
     if len(by_name) == 1:
         return by_name[0]
+    if not by_type:
+        raise ValueError(
+            f"Data set '{name}' has no column that could hold the classes; it has {describe(features)}. Class labels, "
+            "strings, integers or booleans, one an image, are needed: add a column such as 'label', or, in a folder "
+            "of images, one subfolder for each of at least two classes."
+        )
     raise ValueError(
         f"Data set '{name}' has {len(by_type)} columns that could hold the classes ({by_type}) among "
         f"{describe(features)}. One column is needed: name it with label_column."

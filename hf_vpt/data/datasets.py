@@ -16,6 +16,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets.exceptions import DatasetNotFoundError
 
 from ..choices import check_choice
 from .columns import encode_labels, select_image_and_label
@@ -200,4 +201,11 @@ def _load(
             f"There is no folder '{name}'. A data set is 'digits', a drawn one such as 'drawn/counting', an existing "
             "folder or list, or an id on the Hub such as 'user/name': correct the path."
         )
-    return load_dataset(name, config_name, revision=revision, cache_dir=cache_dir, streaming=streaming)
+    try:
+        return load_dataset(name, config_name, revision=revision, cache_dir=cache_dir, streaming=streaming)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise type(error)(
+            f"'{name}' is no folder or list here, and the Hub has no such data set or cannot be reached ({error}). A "
+            "data set is 'digits', a drawn one such as 'drawn/counting', an existing folder or list, or an id on the "
+            "Hub such as 'user/name': correct the name, or go online."
+        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report import Row
+from ..report import Row, headings
 from .figure import new_figure
 
 
@@ -18,21 +18,22 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
         rows: What `group_rows` returns.
         path: File to write, PNG, SVG or PDF by its ending.
     """
-    datasets = list(dict.fromkeys(row.dataset for row in rows))
+    of_rows = headings(rows)
+    datasets = list(dict.fromkeys(of_rows))
     several = len({row.backbone for row in rows}) > 1
     names = [f"{row.name}, {row.backbone}" if several else row.name for row in rows]
     series = list(dict.fromkeys(names))
     figure, (axis,) = new_figure(width=max(5.0, 2.5 + 0.8 * len(datasets)))
     for number, name in enumerate(series):
-        own = [row for row, row_name in zip(rows, names) if row_name == name]
+        own = [(row, of) for row, of, row_name in zip(rows, of_rows, names) if row_name == name]
         # Side by side within a data set, so that bars do not cover each other.
         offset = 0.7 * ((number + 0.5) / len(series) - 0.5)
-        places = [datasets.index(row.dataset) + offset for row in own]
-        spread = [row.std or 0.0 for row in own]
-        axis.errorbar(places, [row.mean for row in own], yerr=spread, fmt="o", markersize=3, capsize=2, label=name)
+        places = [datasets.index(of) + offset for _, of in own]
+        spread = [row.std or 0.0 for row, _ in own]
+        axis.errorbar(places, [row.mean for row, _ in own], yerr=spread, fmt="o", markersize=3, capsize=2, label=name)
     # Long names of many data sets would run into each other.
     tilt = {"rotation": 30, "ha": "right"} if len(datasets) > 3 else {}
-    axis.set_xticks(range(len(datasets)), datasets, **tilt)
+    axis.set_xticks(range(len(datasets)), [name.replace(", ", "\n") for name in datasets], **tilt)
     axis.set(ylabel="test accuracy, %", xlim=(-0.5, len(datasets) - 0.5))
     axis.grid(axis="y", alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)

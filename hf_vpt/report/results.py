@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,14 @@ class Run:
         return self.metrics[name]
 
 
-def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: Iterable[str | Path], exclude: Sequence[str] = ()) -> tuple[list[Run], list[str]]:
     """Read results of single runs (`metrics.json`) and of sweeps (`results.json`), which may have other names.
 
     The final runs of a sweep are read from its results; those in the sweep's folder are not read again.
 
     Args:
         paths: Files, or folders that are searched for files of these names.
+        exclude: Patterns of paths that are passed over in folders, such as `"*/tries/*"`.
 
     Returns:
         The runs, and a line for each sweep that has not come to its end, which is left out.
@@ -72,6 +74,7 @@ def read_runs(paths: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
                 f"There is no '{path}'. A report needs result files, or folders that hold some: correct the path."
             )
         found = [file for name in (RESULTS_FILE, METRICS_FILE) for file in sorted(path.rglob(name))]
+        found = [file for file in found if not any(fnmatch(str(file), pattern) for pattern in exclude)]
         for file in found if path.is_dir() else [path]:
             files.setdefault(file.resolve(), file)
     sweeps = {place.parent for place in files if place.name == RESULTS_FILE}

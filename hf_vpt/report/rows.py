@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,15 @@ class Row:
 
     Args:
         dataset: Name of the data set.
+        trained_on: Which of its images were learned from: `"train"`, `"train and validation"`, or so many a class.
         title: The method's name.
         backbone: What was adapted.
-        differs: In what settings it differs from other rows with the same three; empty if there are none.
+        differs: In what settings it differs from other rows with the same four; empty if there are none.
         runs: The runs.
     """
 
     dataset: str
+    trained_on: str
     title: str
     backbone: str
     differs: str
@@ -108,11 +110,12 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_key(run), sort_keys=True), []).append(run)
-    by_name: dict[tuple[str, str, str], list[list[Run]]] = {}
+    by_name: dict[tuple[str, str, str, str], list[list[Run]]] = {}
     for group in groups.values():
         _check_seeds(group)
         first = group[0].metrics
-        name = (first["dataset_name"], title_of(first), first.get("model_name_or_path", "unknown"))
+        backbone = first.get("model_name_or_path", "unknown")
+        name = (first["dataset_name"], _trained_on(first), title_of(first), backbone)
         by_name.setdefault(name, []).append(sorted(group, key=lambda run: run.metrics["seed"]))
     rows = [
         Row(*name, differs, tuple(group))
@@ -120,7 +123,27 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
         for group, differs in zip(same, _differences(same))
     ]
     order = list(TITLES)
-    return sorted(rows, key=lambda row: (row.dataset, row.backbone, order.index(row.method), row.title, row.differs))
+    return sorted(
+        rows,
+        key=lambda row: (row.dataset, row.backbone, row.trained_on, order.index(row.method), row.title, row.differs),
+    )
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """Name what each row is on: its data set, and what was learned from where that is not always the same."""
+    trained_on: dict[str, set[str]] = {}
+    for row in rows:
+        trained_on.setdefault(row.dataset, set()).add(row.trained_on)
+    return [
+        row.dataset if len(trained_on[row.dataset]) == 1 else f"{row.dataset}, trained on {row.trained_on}"
+        for row in rows
+    ]
+
+
+def _trained_on(metrics: Mapping[str, Any]) -> str:
+    number = metrics.get("images_per_class")
+    splits = "train and validation" if metrics.get("train_on_validation") else "train"
+    return splits if number is None else f"{number} images a class of {splits}"
 
 
 def title_of(metrics: dict[str, Any]) -> str:
@@ -143,7 +166,13 @@ def _differences(groups: Sequence[Sequence[Run]]) -> list[str]:
     keys = [_key(group[0]) for group in groups]
     every = dict.fromkeys(name for key in keys for name in key)
     names = [name for name in every if len({str(key.get(name)) for key in keys}) > 1]
-    return [", ".join(f"{name.removeprefix('settings ')} {key.get(name)}" for name in names) for key in keys]
+    return [", ".join(_say(name.removeprefix("settings "), key.get(name)) for name in names) for key in keys]
+
+
+def _say(name: str, value: Any) -> str:
+    if name == "num_trials":
+        return "a run by itself" if value is None else f"chosen among {value}"
+    return f"{name} {value}"
 
 
 def _check_seeds(runs: Sequence[Run]) -> None:
@@ -153,6 +182,6 @@ def _check_seeds(runs: Sequence[Run]) -> None:
         if seed in by_seed:
             raise ValueError(
                 f"Found the same run twice, with seed {seed}: '{by_seed[seed]}' and '{run.source}'. A mean over seeds "
-                "needs each run once: leave one of the files out."
+                "needs each run once: leave one of the files out, by its path or, of a folder, with --exclude."
             )
         by_seed[seed] = run.source

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .benchmarks import BENCHMARKS, BenchmarkMean, benchmark_means
-from .rows import Row
+from .rows import Row, headings
 
 
 CSV_COLUMNS = (
-    *("dataset", "method", "backbone", "differs", "mean", "std", "num_seeds", "seeds", "tuned_parameters"),
-    *("tuned_without_head", "train_seconds", "train_cpu_seconds", "peak_memory_bytes", "settings_tried"),
-    "search_seconds",
+    *("dataset", "trained_on", "method", "backbone", "differs", "mean", "std", "num_seeds", "seeds"),
+    *("tuned_parameters", "tuned_without_head", "train_seconds", "train_cpu_seconds", "peak_memory_bytes"),
+    *("settings_tried", "search_seconds"),
 )
 _MEANS = ("mean_of_tasks", "mean_of_groups")
 BENCHMARK_COLUMNS = ("benchmark", "method", "backbone", "source", *BENCHMARKS["vtab"], *_MEANS)
@@ -22,17 +22,18 @@ _HEADINGS = {"vtab": "VTAB-1k", "fgvc": "FGVC"}
 
 
 def to_markdown(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
-    """Write a table for each data set, one of means for each benchmark, and what is missing.
+    """Write a table for each data set and part of it, one of means for each benchmark, and what is missing.
 
     Args:
         rows: What `group_rows` returns.
         left_out: Results that are not in the tables, a line each.
     """
     parts = []
-    for dataset in dict.fromkeys(row.dataset for row in rows):
-        own = [row for row in rows if row.dataset == dataset]
-        for backbone in dict.fromkeys(row.backbone for row in own):
-            parts += [f"## {dataset}, {backbone}", _dataset_table([row for row in own if row.backbone == backbone])]
+    by_heading: dict[str, list[Row]] = {}
+    for row, heading in zip(rows, headings(rows), strict=True):
+        by_heading.setdefault(f"## {heading}, {row.backbone}", []).append(row)
+    for heading, own in by_heading.items():
+        parts += [heading, _dataset_table(own)]
     if len({row.num_trials is None for row in rows}) > 1:
         parts.append(
             "Seconds and memory of a sweep are those of one final run. It is not evaluated between epochs, as a run "
@@ -52,8 +53,9 @@ def to_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         timings = [row.timing(name) for name in ("train_seconds", "train_cpu_seconds", "peak_memory_bytes")]
         seeds = " ".join(map(str, row.seeds))
-        values = [row.dataset, row.title, row.backbone, row.differs, row.mean, row.std, len(row.runs), seeds]
-        lines.append([*values, row.tuned, row.tuned_without_head, *timings, row.num_trials, row.search_seconds])
+        values = [row.dataset, row.trained_on, row.title, row.backbone, row.differs]
+        values += [row.mean, row.std, len(row.runs), seeds, row.tuned, row.tuned_without_head]
+        lines.append([*values, *timings, row.num_trials, row.search_seconds])
     return _csv(CSV_COLUMNS, lines)
 
 

@@ -16,6 +16,8 @@ from .images import layers_of
 
 # Scores on one data set that differ in one of these say nothing about methods.
 COMPARED_FIELDS = ("dataset_variant", "dataset_fingerprint", "preprocessing")
+# Settings by which runs learn from more or fewer images of the same splits.
+TRAINED_ON_FIELDS = ("train_on_validation", "images_per_class")
 
 
 def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,24 +46,37 @@ def describe_data(data_args: DataArguments, data: Mapping[str, Any]) -> dict[str
 def check_comparable(results: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse to compare results that are on one data set by name, but not on the same images, prepared the same way.
 
+    Where runs were asked to learn from validation images too, or from a few of each class, test images are compared.
+
     Args:
         results: What `metrics.json` holds, for each run under a name by which its reader knows it.
 
     Raises:
         ValueError: Two results differ in variant, fingerprint or preprocessing of a data set.
     """
-    first: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     for run, result in results.items():
         data_set = result["dataset_name"]
-        other = first.setdefault(data_set, run)
-        for field in COMPARED_FIELDS:
-            found, expected = result.get(field), results[other].get(field)
-            if found != expected:
-                raise ValueError(
-                    f"Found results on '{data_set}' with {field} {_shorten(expected, found)} ('{other}') and "
-                    f"{_shorten(found, expected)} ('{run}'). Results in one table must be on the same images, "
-                    "prepared the same way: run one of them again with the settings of the other, or print two tables."
-                )
+        trained_on = tuple(result.get(field) for field in TRAINED_ON_FIELDS)
+        for key, only_test in (((data_set,), True), ((data_set, *trained_on), False)):
+            other = first.setdefault(key, run)
+            _check_pair(other, results[other], run, result, only_test)
+
+
+def _check_pair(
+    other: str, expected_result: Mapping[str, Any], run: str, result: Mapping[str, Any], only_test: bool
+) -> None:
+    for field in COMPARED_FIELDS:
+        found, expected = result.get(field), expected_result.get(field)
+        if only_test and isinstance(found, Mapping) and isinstance(expected, Mapping):
+            found, expected = ({"test": value.get("test")} for value in (found, expected))
+        if found != expected:
+            raise ValueError(
+                f"Found results on '{result['dataset_name']}' with {field} {_shorten(expected, found)} ('{other}') "
+                f"and {_shorten(found, expected)} ('{run}'). Results in one table must be on the same images, "
+                "prepared the same way: run one of them again with the settings of the other, or report on one of "
+                "them at a time."
+            )
 
 
 def _shorten(value: Any, other: Any) -> Any:

@@ -410,8 +410,9 @@ class PromptTuner(BaseTuner):
 
         What a static deep prompt does to a block is two constants, W_k·norm(P) and W_v·norm(P) of shape `(N, D)`
         each. They are computed once and become buffers of the block's attention; trained heads take the place of the
-        base model's. The result is an ordinary model for inference, in evaluation mode: it computes what the wrapped
-        one did, without its prompts' projections, and exports as it is. This tuner cannot be used afterwards.
+        base model's. The result is an ordinary model for inference, in evaluation mode and frozen: it computes what
+        the wrapped one did, without its prompts' projections, and exports as it is. This tuner cannot be used
+        afterwards.
 
         Returns:
             The base model.
@@ -442,7 +443,7 @@ class PromptTuner(BaseTuner):
                 access.bake(attention, keys_values)
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = refuse_to_save
-        return model
+        return model.requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
