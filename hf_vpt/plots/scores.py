@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report import Row, headings
+from ..report import Row, parts
 from .figure import new_figure
 
 
@@ -18,7 +18,7 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
         rows: What `group_rows` returns.
         path: File to write, PNG, SVG or PDF by its ending.
     """
-    of_rows = headings(rows)
+    of_rows = [f"{row.dataset}{part}" for row, part in zip(rows, parts(rows), strict=True)]
     datasets = list(dict.fromkeys(of_rows))
     several = len({row.backbone for row in rows}) > 1
     names = [f"{row.name}, {row.backbone}" if several else row.name for row in rows]
@@ -33,7 +33,9 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
         axis.errorbar(places, [row.mean for row, _ in own], yerr=spread, fmt="o", markersize=3, capsize=2, label=name)
     # Long names of many data sets would run into each other.
     tilt = {"rotation": 30, "ha": "right"} if len(datasets) > 3 else {}
-    axis.set_xticks(range(len(datasets)), [name.replace(", ", "\n") for name in datasets], **tilt)
+    axis.set_xticks(
+        range(len(datasets)), [name.replace(", trained on ", "\ntrained on\n") for name in datasets], **tilt
+    )
     axis.set(ylabel="test accuracy, %", xlim=(-0.5, len(datasets) - 0.5))
     axis.grid(axis="y", alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)

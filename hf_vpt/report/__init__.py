@@ -3,7 +3,7 @@
 from .benchmarks import BenchmarkMean, benchmark_means
 from .published import PUBLISHED, PublishedScores
 from .results import Run, read_runs
-from .rows import Row, group_rows, headings
+from .rows import Row, group_rows, parts
 from .tables import BENCHMARK_COLUMNS, CSV_COLUMNS, benchmarks_to_csv, to_csv, to_markdown
 
 
@@ -18,7 +18,7 @@ __all__ = [
     "benchmark_means",
     "benchmarks_to_csv",
     "group_rows",
-    "headings",
+    "parts",
     "read_runs",
     "to_csv",
     "to_markdown",

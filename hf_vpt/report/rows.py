@@ -129,15 +129,12 @@ def group_rows(runs: Sequence[Run]) -> list[Row]:
     )
 
 
-def headings(rows: Sequence[Row]) -> list[str]:
-    """Name what each row is on: its data set, and what was learned from where that is not always the same."""
+def parts(rows: Sequence[Row]) -> list[str]:
+    """Say what each row has learned from, such as `", trained on train"`; nothing where that is always the same."""
     trained_on: dict[str, set[str]] = {}
     for row in rows:
         trained_on.setdefault(row.dataset, set()).add(row.trained_on)
-    return [
-        row.dataset if len(trained_on[row.dataset]) == 1 else f"{row.dataset}, trained on {row.trained_on}"
-        for row in rows
-    ]
+    return ["" if len(trained_on[row.dataset]) == 1 else f", trained on {row.trained_on}" for row in rows]
 
 
 def _trained_on(metrics: Mapping[str, Any]) -> str:

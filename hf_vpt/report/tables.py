@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .benchmarks import BENCHMARKS, BenchmarkMean, benchmark_means
-from .rows import Row, headings
+from .rows import Row, parts
 
 
 CSV_COLUMNS = (
@@ -28,23 +28,23 @@ def to_markdown(rows: Sequence[Row], left_out: Sequence[str] = ()) -> str:
         rows: What `group_rows` returns.
         left_out: Results that are not in the tables, a line each.
     """
-    parts = []
+    sections = []
     by_heading: dict[str, list[Row]] = {}
-    for row, heading in zip(rows, headings(rows), strict=True):
-        by_heading.setdefault(f"## {heading}, {row.backbone}", []).append(row)
+    for row, part in zip(rows, parts(rows), strict=True):
+        by_heading.setdefault(f"## {row.dataset}, {row.backbone}{part}", []).append(row)
     for heading, own in by_heading.items():
-        parts += [heading, _dataset_table(own)]
+        sections += [heading, _dataset_table(own)]
     if len({row.num_trials is None for row in rows}) > 1:
-        parts.append(
+        sections.append(
             "Seconds and memory of a sweep are those of one final run. It is not evaluated between epochs, as a run "
             "by itself is."
         )
     means = benchmark_means(rows)
     for benchmark in dict.fromkeys(mean.benchmark for mean in means):
-        parts += _benchmark_parts(benchmark, [mean for mean in means if mean.benchmark == benchmark])
+        sections += _benchmark_parts(benchmark, [mean for mean in means if mean.benchmark == benchmark])
     if left_out:
-        parts += ["## Left out", "\n".join(f"- {line}" for line in left_out)]
-    return "\n\n".join(parts) + "\n"
+        sections += ["## Left out", "\n".join(f"- {line}" for line in left_out)]
+    return "\n\n".join(sections) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
