@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 from hf_vpt import BACKBONES as RECORDS
 from hf_vpt import METHODS
 
+
+# For processes that train. A fork of this one cannot, once any test before has run a backward pass on another device.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hf_vpt.sweep"])
 
 # Height and width differ, and so do the rows and columns of patches: 2 × 3.
 IMAGE_SIZE, PATCH_SIZE = (32, 48), 16

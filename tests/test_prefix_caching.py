@@ -1,12 +1,11 @@
 """Runs that start at the first block with prompts end where runs without a cache end."""
 
 import json
-import multiprocessing
 
 import numpy as np
 import pytest
 import torch
-from conftest import StopAt
+from conftest import PROCESSES, StopAt
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
@@ -277,10 +276,9 @@ def train_cached(settings):
 
 def test_two_runs_at_once_fill_one_cache(settings, tmp_path):
     wanted = train_classifier(settings("vpt", folder="plain"))
-    context = multiprocessing.get_context("fork")
     folders = ["first", "second"]
     processes = [
-        context.Process(target=train_cached, args=(settings("vpt", "--cache_prefix", folder=f),)) for f in folders
+        PROCESSES.Process(target=train_cached, args=(settings("vpt", "--cache_prefix", folder=f),)) for f in folders
     ]
     for process in processes:
         process.start()

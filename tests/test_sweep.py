@@ -2,13 +2,13 @@
 
 import json
 import math
-import multiprocessing
 import time
 
 import numpy as np
 import optuna
 import pytest
 import torch
+from conftest import PROCESSES
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as PILImage
 from transformers import TrainerState, ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
@@ -217,9 +217,13 @@ def test_a_shared_backbone_draws_what_one_of_its_own_draws(words):
                 value.zero_()  # as training would change them
 
 
+def sweep_on_one_thread(words):
+    torch.set_num_threads(1)
+    sweep(words)
+
+
 def run_in_a_process(words, folder):
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=sweep, args=([*words, "--output_dir", str(folder)],))
+    process = PROCESSES.Process(target=sweep_on_one_thread, args=([*words, "--output_dir", str(folder)],))
     process.start()
     return process
 
