@@ -15,7 +15,7 @@ from hf_vpt import BACKBONES as RECORDS
 from hf_vpt import METHODS
 
 
-# For processes that train. A fork of this one cannot, once any test before has run a backward pass on another device.
+# For processes that train. In a fork PyTorch refuses to, once a test before has started autograd's threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["hf_vpt.sweep"])
 
