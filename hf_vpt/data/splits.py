@@ -22,6 +22,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+SPLIT_OF = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
 
 
 def rename_splits(raw: DatasetDict | IterableDatasetDict, name: str) -> DatasetDict | IterableDatasetDict:

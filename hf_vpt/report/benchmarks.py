@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..data.sources import FGVC, VTAB
+from ..training.comparison import TRAINED_ON_FIELDS
 from .published import BACKBONE, PREPROCESSING, PUBLISHED, VARIANTS, PublishedScores
 from .rows import Row
 
@@ -90,7 +91,7 @@ def _trouble(by_task: dict[str, list[Row]]) -> str:
     if several := [task for task, rows in by_task.items() if len(rows) > 1]:
         return f"several settings on {', '.join(several)}, of which only one can be averaged"
     runs = [row.runs[0] for rows in by_task.values() for row in rows]
-    for name in ("dataset_variant", "preprocessing", "train_on_validation", "images_per_class", *_FORMATS):
+    for name in ("dataset_variant", "preprocessing", *TRAINED_ON_FIELDS, *_FORMATS):
         values = {str(run.metrics.get(name, run.settings.get(name, _FORMATS.get(name)))) for run in runs}
         if len(values) > 1:
             return f"{name} is {' and '.join(sorted(values))} on different tasks"

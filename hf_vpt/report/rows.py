@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..training.comparison import check_comparable
+from ..training.comparison import TRAINED_ON_FIELDS, check_comparable
 from .results import Run
 
 
@@ -25,8 +25,7 @@ TITLES: dict[str, str | tuple[str, str]] = {
 }
 
 # Beside the settings, which are a mapping of their own.
-_ALSO_THE_SAME = ("num_train_epochs", "max_steps", "global_batch_size", "images_per_class", "train_on_validation")
-_ALSO_THE_SAME += ("augmentation",)
+_ALSO_THE_SAME = ("num_train_epochs", "max_steps", "global_batch_size", *TRAINED_ON_FIELDS, "augmentation")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ..training.identity import tell_apart
+
 
 _ATTEMPTS_TO_OPEN = 10
 
@@ -77,12 +79,3 @@ def _check_identity(storage: Any, name: str, identity: dict[str, Any]) -> None:
             "the settings it began with: use another output_dir (in a common storage, another study_name too), or the "
             "old settings."
         )
-
-
-def tell_apart(known: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Say of two sweeps in which settings they differ, each with its own values; None if in none."""
-    changed = sorted(key for key in known.keys() | own.keys() if known.get(key) != own.get(key))
-    if not changed:
-        return None
-    found, wanted = (", ".join(f"{key} {settings.get(key)}" for key in changed) for settings in (known, own))
-    return found, wanted

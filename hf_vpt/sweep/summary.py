@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training.checkpoints import write_whole
+from ..training.identity import tell_apart
 from ..training.record import RESULTS_FILE
 from .claims import Entry
 from .ledger import Ledger
 from .plan import SweepPlan
-from .storage import tell_apart
 
 
 SWEEP_FILE = "sweep.json"  # which sweep a folder is of
@@ -33,7 +33,7 @@ def progress_line(plan: SweepPlan, ledger: Ledger, points: Sequence[int], entry:
     entries = ledger.done(points)
     best = ledger.best(points)
     score = f"{'validation' if is_trial else 'test'} {plan.metric} {entry.value:.4f}"
-    if entry.result.get("diverged"):
+    if entry.diverged:
         score = "diverged"
     # Of a run that went on, the seconds are those since then.
     whole = [entry for entry in entries if entry.attempts == 1] or entries
@@ -105,7 +105,7 @@ def _write(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _trial(entry: Entry) -> dict[str, Any]:
-    value = None if entry.result["diverged"] else entry.value
+    value = None if entry.diverged else entry.value
     return {
         "trial": entry.point,
         "settings": dict(entry.params),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -46,11 +47,21 @@ class RunIdentity(TrainerCallback):
         Raises:
             ValueError: One of them has changed.
         """
-        changed = [name for name, value in self.settings.items() if name in state and state[name] != value]
-        if changed:
-            found = ", ".join(f"{name} {state[name]}" for name in changed)
-            wanted = ", ".join(f"{name} {self.settings[name]}" for name in changed)
+        # A checkpoint of an older version tells fewer of them.
+        both = self.settings.keys() & state.keys()
+        known, own = ({name: settings[name] for name in both} for settings in (state, self.settings))
+        if changed := tell_apart(known, own):
             raise ValueError(
-                f"Found a checkpoint made with {found}, and a run with {wanted}. A run goes on with the method, the "
-                "backbone, the data and the settings that it began with: use another output_dir, or the old settings."
+                f"Found a checkpoint made with {changed[0]}, and a run with {changed[1]}. A run goes on with the "
+                "method, the backbone, the data and the settings that it began with: use another output_dir, or the "
+                "old settings."
             )
+
+
+def tell_apart(known: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Say of two runs or sweeps in which settings they differ, each with its own values; None if in none."""
+    changed = sorted(key for key in known.keys() | own.keys() if known.get(key) != own.get(key))
+    if not changed:
+        return None
+    found, wanted = (", ".join(f"{key} {settings.get(key)}" for key in changed) for settings in (known, own))
+    return found, wanted

@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
-from ..splits import SPLIT_NAMES
+from ..splits import SPLIT_OF
 
 
 logger = logging.get_logger(__name__)
@@ -31,13 +31,12 @@ def find_splits(folder: Path) -> dict[str, str] | None:
     described = [*ImageFolder.METADATA_FILENAMES, CARD_FILE]
     if any((folder / name).is_file() and not _is_plain_text(folder / name) for name in described):
         return None  # the file says which image is in which split, or in which class
-    words = [alias for aliases in SPLIT_NAMES.values() for alias in aliases]
     inner = _subfolders(folder)
     # Train first: a split with one class gets no labels from `datasets` unless others were seen before it.
-    named = [child for word in words for child in inner if child.name.lower() == word]
+    named = [child for word in SPLIT_OF for child in inner if child.name.lower() == word]
     splits = [child for child in named if _class_folders(child)]
     for child in splits:
-        if child.name.lower() in SPLIT_NAMES["train"]:
+        if SPLIT_OF[child.name.lower()] == "train":
             _check_filled(child)
     if splits:
         return {child.name.lower(): f"{child.name}/**" for child in splits} if splits == named else None

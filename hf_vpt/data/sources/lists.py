@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Image, Value
 
-from ..splits import SPLIT_NAMES
+from ..splits import SPLIT_NAMES, SPLIT_OF
 from .listed import check_files
 
 
@@ -100,12 +100,11 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 def _split_of(row: dict[str, Any], number: int, file: Path) -> str:
     word = str(row.get(SPLIT_COLUMN, "train")).lower()
-    for split, aliases in SPLIT_NAMES.items():
-        if word in aliases:
-            return split
-    raise ValueError(
-        f"Row {number} of '{file}' is in the split '{word}'. There are {', '.join(SPLIT_NAMES)}: correct the row."
-    )
+    if word not in SPLIT_OF:
+        raise ValueError(
+            f"Row {number} of '{file}' is in the split '{word}'. There are {', '.join(SPLIT_NAMES)}: correct the row."
+        )
+    return SPLIT_OF[word]
 
 
 def _to_dataset(

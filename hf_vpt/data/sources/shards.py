@@ -9,7 +9,7 @@ from datasets import ClassLabel, DatasetDict, IterableDatasetDict, Value, load_d
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ..splits import SPLIT_NAMES
+from ..splits import SPLIT_OF
 
 
 CLASS_NAMES_FILE = "classnames.txt"
@@ -31,11 +31,10 @@ def find_shards(folder: Path) -> dict[str, list[str]]:
     Raises:
         ValueError: A name tells of two splits.
     """
-    known = {alias: split for split, aliases in SPLIT_NAMES.items() for alias in aliases}
     shards: dict[str, list[str]] = {}
     for file in sorted([*folder.glob("*.tar"), *folder.glob("*/*.tar")]):
         words = re.split("[^a-z]+", str(file.relative_to(folder).with_suffix("")).lower())
-        splits = sorted({known[word] for word in words if word in known})
+        splits = sorted({SPLIT_OF[word] for word in words if word in SPLIT_OF})
         if len(splits) > 1:
             raise ValueError(
                 f"'{file}' names the splits {' and '.join(splits)}. The images of a shard belong to one split: rename "
