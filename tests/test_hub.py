@@ -3,7 +3,7 @@
 from conftest import ADAPTERS, BACKBONES
 from peft import get_peft_model
 
-from hf_vpt.hub import HEADING, add_loading_lines
+from hf_vpt.hub.card import HEADING, add_loading_lines
 
 
 def test_a_saved_adapter_has_a_card_with_the_import_that_loading_needs(tmp_path):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..hub import add_loading_lines
+from ..hub.card import add_loading_lines
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
