@@ -6,12 +6,17 @@ import asyncio
 import contextlib
 import copy
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,25 +47,31 @@ from hf_vpt.serving.bad_requests import bad_requests, bombs, encode
 from hf_vpt.serving.errors import Refusal
 
 
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 ARGS = {"max_body_bytes": 100_000, "body_timeout": 0.5}
 PROCESSORS = {
     "cats": ViTImageProcessor(size={"height": 32, "width": 48}),
     "birds": ViTImageProcessor(size={"height": 32, "width": 48}, image_mean=[0.1, 0.2, 0.3]),
 }
-LABELS = {"cats": ["lynx", "lion", "puma", "tiger", "ocelot"], "birds": ["0", "1", "2", "3", "4"]}
+LABELS = {"cats": ["lynx", "lion", "puma", "tiger", "ocelot"], "birds": ["0", "1", "2"]}
 
 
-def make_classifier(sources=None):
-    """Two adapters, of which one names its classes, with random heads."""
+def make_model():
+    """Adapters for five and for three classes, which the second one does not name, with random heads."""
     torch.manual_seed(0)
-    config = VPTConfig(num_virtual_tokens=2, init_weights=False)
-    model = get_peft_model(BACKBONES["vit"].build(), config, adapter_name="cats")
-    model.add_adapter("birds", VPTConfig(num_virtual_tokens=3, init_weights=False))
+    configs = [VPTConfig(num_virtual_tokens=2, init_weights=False, label_names=names) for names in LABELS.values()]
+    model = get_peft_model(BACKBONES["vit"].build(), configs[0], adapter_name="cats")
+    model.add_adapter("birds", configs[1])
     for name, parameter in model.named_parameters():
         if "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.peft_config["cats"].label_names = LABELS["cats"]
-    return Classifier(model, PROCESSORS, sources)
+    configs[1].label_names = None
+    return model
+
+
+def make_classifier(sources=None):
+    return Classifier(make_model(), PROCESSORS, sources)
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +139,8 @@ class Server:
                 status=response.status, headers=response.headers, text=text, json=json.loads(text) if is_json else None
             )
 
-    def classify(self, adapter, image, top_k=5):
-        return self.ask("POST", f"/classify/{adapter}?top_k={top_k}", encode(image, "PNG"))
+    def classify(self, adapter, image, top_k=None):
+        return self.ask("POST", f"/classify/{adapter}{f'?top_k={top_k}' if top_k else ''}", encode(image, "PNG"))
 
     def metric(self, name):
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.ask("GET", "/metrics").text, re.MULTILINE)
@@ -220,8 +231,10 @@ def test_the_likeliest_classes_come_first_and_top_k_says_how_many(server, photos
     answer = server.classify("cats", photos[3], top_k=2)
     assert [prediction["label"] for prediction in answer.json["predictions"]] == best[:2]
     assert answer.json["milliseconds"] > 0
-    whole = server.ask("POST", "/classify/cats", encode(photos[3], "PNG"))
-    assert [prediction["label"] for prediction in whole.json["predictions"]] == best
+    for adapter, number in (("cats", 5), ("birds", 3)):  # five, or all if there are fewer
+        whole = server.ask("POST", f"/classify/{adapter}", encode(photos[3], "PNG"))
+        assert len(whole.json["predictions"]) == number
+    assert_refusal(server.classify("birds", photos[3], top_k=4), 422)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -250,9 +263,9 @@ def test_adapters_are_described_without_telling_where_they_lie(photos, tmp_path)
     folder.mkdir()
     with Server(make_classifier({"cats": str(folder), "birds": "user/birds"})) as server:
         adapters = {adapter.pop("name"): adapter for adapter in server.ask("GET", "/adapters").json["adapters"]}
-    common = {"method": "vpt", "num_classes": 5}
-    assert adapters["cats"] == common | {"source": "felines", "labels": LABELS["cats"]}
-    assert adapters["birds"] == common | {"source": "user/birds", "labels": LABELS["birds"]}
+    cats = {"method": "vpt", "source": "felines", "num_classes": 5, "labels": LABELS["cats"]}
+    birds = {"method": "vpt", "source": "user/birds", "num_classes": 3, "labels": ["0", "1", "2"]}
+    assert adapters == {"cats": cats, "birds": birds}
 
 
 # --- refusals
@@ -560,6 +573,62 @@ def test_an_adapter_that_cannot_classify_is_found_at_the_start(classifier):
     without_crop = ViTImageProcessor(size={"shortest_edge": 32})
     with pytest.raises(ValueError, match="Adapter 'cats' failed on a trial image"):
         Classifier(classifier.model, {"cats": without_crop})
+
+
+def save_adapters(folder):
+    """The adapters of a model in folders, as training leaves them, and their backbone."""
+    model, backbone = make_model(), folder / "backbone"
+    model.peft_config["birds"].label_names = ["kiwi", "emu", "rhea"]
+    base = BACKBONES["vit"].build()
+    base.save_pretrained(backbone)
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = str(backbone)
+    model.save_pretrained(folder)
+    for name, processor in PROCESSORS.items():
+        processor.save_pretrained(folder / name)
+    return [f"cats={folder / 'cats'}", str(folder / "birds")]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """The service as the command line starts it, in a process of its own, and what it was started with."""
+    words = save_adapters(tmp_path_factory.mktemp("adapters"))
+    server = Server.__new__(Server)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        server.port = free.getsockname()[1]
+    command = [sys.executable, "scripts/serve.py", *words, f"--port={server.port}", "--body_timeout=1"]
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or is_open(server.port), 90)
+            yield SimpleNamespace(server=server, words=words, process=process)
+        finally:
+            process.terminate()
+    assert process.returncode == 0 or process.returncode == -signal.SIGTERM
+
+
+def is_open(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_script_serves_saved_adapters_with_heads_of_their_own(script, photos, expected):
+    adapters = script.server.ask("GET", "/adapters").json["adapters"]
+    assert [(a["name"], a["source"], a["num_classes"]) for a in adapters] == [
+        ("cats", "cats", 5),
+        ("birds", "birds", 3),
+    ]
+    assert_answer(script.server.classify("cats", photos[2]), expected("cats", 2))
+    birds = dict(zip(["kiwi", "emu", "rhea"], expected("birds", 2).values()))
+    assert_answer(script.server.classify("birds", photos[2]), birds)
+
+
+@pytest.mark.slow
+def test_the_load_test_ends_with_status_0_against_the_script(script):
+    options = [f"--port={script.server.port}", "--seconds=1", "--connections=3", "--num_bad=50"]
+    command = [sys.executable, "scripts/load_test.py", *script.words, *options]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| images/s |" in done.stdout
 
 
 # --- under load

@@ -36,6 +36,7 @@ class ServingArguments:
             thread takes up to about 10 bytes a pixel.
         body_timeout: Seconds that a client has to send its body.
         num_decoders: Threads that decode images.
+        base_model: Folder or Hub id of the backbone. Default: the one that the first adapter names.
         device: `"cpu"`, `"cuda"` or another device of PyTorch.
         dtype: Number format of the frozen backbone.
         attn_implementation: Attention kernel, such as `"sdpa"` or `"eager"`. Default: the backbone's own choice.
@@ -54,6 +55,7 @@ class ServingArguments:
     max_pixels: int = field(default=50_000_000, metadata={"help": "Width times height of an image."})
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds that a client has to send its body."})
     num_decoders: int = field(default=2, metadata={"help": "Threads that decode images."})
+    base_model: str | None = field(default=None, metadata={"help": "Backbone, if the adapters do not name it."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda or another device."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Number format of the frozen backbone."}

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.processing import ImageTransform
+from ..hub.loading import load_image_classifier
 from ..tuners import METHODS
 from .arguments import ServingArguments
 
@@ -129,15 +130,14 @@ def load_classifier(adapters: Mapping[str, str], args: ServingArguments) -> Clas
         OSError: A repository or a file cannot be reached.
         ValueError: The adapters do not fit one backbone, or one another.
     """
-    from .. import load_image_classifier
-
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
     dtype = getattr(torch, args.dtype)
-    model, processors = None, {}
+    how = {"base_model": args.base_model, "dtype": dtype, "attn_implementation": args.attn_implementation}
+    processors = {}
     for name, source in adapters.items():
-        how = {"into": model} if model else {"dtype": dtype, "attn_implementation": args.attn_implementation}
         model, processors[name] = load_image_classifier(source, adapter_name=name, **how)
+        how = {"into": model}
     return Classifier(model, processors, adapters, args.device, dtype)
 
 
