@@ -48,7 +48,8 @@ from hf_vpt.serving.errors import Refusal
 
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1"}
 ARGS = {"max_body_bytes": 100_000, "body_timeout": 0.5}
 PROCESSORS = {
     "cats": ViTImageProcessor(size={"height": 32, "width": 48}),
@@ -417,6 +418,18 @@ def test_requests_in_work_are_answered_before_the_service_ends(classifier, photo
             assert_answer(answer.result(), expected("birds", number))
 
 
+def test_requests_that_would_hold_up_the_end_are_told_so(classifier, photos):
+    gated = Gated(classifier)
+    with Server(gated) as server, ThreadPoolExecutor(2) as clients:
+        server.server.config.timeout_graceful_shutdown = 1
+        answers = [clients.submit(server.classify, "birds", photos[number]) for number in range(2)]
+        wait_until(lambda: gated.batches)
+        server.server.should_exit = True
+        for answer in answers:
+            assert_refusal(answer.result(), 503)
+        gated.gate.set()
+
+
 def test_an_error_of_our_own_is_answered_without_its_text(classifier, photos, expected, monkeypatch):
     with Server(classifier) as server:
         monkeypatch.setattr("hf_vpt.serving.service.read_image", lambda *args: 1 / 0)
@@ -512,13 +525,18 @@ def test_images_of_a_failed_batch_are_tried_alone():
     assert results[1].status == 500 and isinstance(results[1].__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize(("number", "max_wait_ms", "low", "high"), [(1, 200.0, 0.19, 5.0), (4, 60_000.0, 0.0, 5.0)])
-def test_an_image_waits_for_others_until_its_time_is_up_or_the_batch_is_full(number, max_wait_ms, low, high):
+@pytest.mark.parametrize(
+    ("number", "max_wait_ms", "others", "low", "high"),
+    [(1, 200.0, True, 0.19, 5.0), (4, 60_000.0, True, 0.0, 5.0), (1, 60_000.0, False, 0.0, 5.0)],
+    ids=["until its time is up", "until the batch is full", "not at all if it is alone"],
+)
+def test_an_image_waits_for_others_on_their_way(number, max_wait_ms, others, low, high):
     async def main():
         batcher = Batcher(lambda adapters, images: images, 4, max_wait_ms)
         batcher.start()
         start = time.monotonic()
-        await asyncio.gather(*(batcher.classify("a", torch.ones(3)) for _ in range(number)))
+        with batcher.on_its_way() if others else contextlib.nullcontext():
+            await asyncio.gather(*(batcher.classify("a", torch.ones(3)) for _ in range(number)))
         seconds = time.monotonic() - start
         await batcher.stop()
         return seconds
@@ -526,13 +544,30 @@ def test_an_image_waits_for_others_until_its_time_is_up_or_the_batch_is_full(num
     assert low <= asyncio.run(main()) < high
 
 
+def test_an_image_waits_no_longer_when_the_last_one_on_its_way_is_there_or_refused():
+    async def main():
+        batcher = Batcher(lambda adapters, images: [torch.tensor(len(images))] * len(images), 4, max_wait_ms=60_000)
+        batcher.start()
+        with contextlib.suppress(Refusal), batcher.on_its_way():
+            tasks = [asyncio.create_task(batcher.classify("a", torch.ones(3))) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in tasks)
+            raise Refusal(422, "broken", "", "", "")
+        sizes = await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        await batcher.stop()
+        return sizes
+
+    assert asyncio.run(main()) == [2, 2]
+
+
 def test_the_end_answers_what_waits_and_takes_nothing_more():
     async def main():
         batcher = Batcher(lambda adapters, images: images, 4, max_wait_ms=60_000)
         batcher.start()
-        tasks = [asyncio.create_task(batcher.classify("a", torch.full((3,), float(n)))) for n in range(3)]
-        await asyncio.sleep(0)
-        await batcher.stop()
+        with batcher.on_its_way():
+            tasks = [asyncio.create_task(batcher.classify("a", torch.full((3,), float(n)))) for n in range(3)]
+            await asyncio.sleep(0)
+            await batcher.stop()
         with pytest.raises(Refusal, match="shutting down") as refusal:
             await batcher.classify("a", torch.ones(3))
         assert refusal.value.status == 503 and not batcher.is_alive
@@ -569,6 +604,14 @@ def test_settings_out_of_range_are_refused_by_name(name, value):
         ServingArguments(**{name: value})
 
 
+def test_names_of_classes_that_are_no_text_are_served_all_the_same(photos):
+    model = make_model()
+    model.peft_config["birds"].label_names = ["\ud800", "emu", "rhea"]
+    with Server(Classifier(model, PROCESSORS)) as server:
+        labels = {prediction["label"] for prediction in server.classify("birds", photos[0]).json["predictions"]}
+    assert labels == {"?", "emu", "rhea"}
+
+
 def test_an_adapter_that_cannot_classify_is_found_at_the_start(classifier):
     without_crop = ViTImageProcessor(size={"shortest_edge": 32})
     with pytest.raises(ValueError, match="Adapter 'cats' failed on a trial image"):
@@ -600,6 +643,7 @@ def script(tmp_path_factory):
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
         try:
             wait_until(lambda: process.poll() is not None or is_open(server.port), 90)
+            assert process.poll() is None, "it ended by itself"
             yield SimpleNamespace(server=server, words=words, process=process)
         finally:
             process.terminate()

@@ -84,6 +84,7 @@ def bad_requests(max_body_bytes: int, slow: bool = True) -> list[BadRequest]:
         BadRequest("a JPEG file of many scans", 422, jpeg_of_scans(MAX_SCANS + 1)),
         BadRequest("bytes that are wrong", 422, png[:200] + bytes(100) + png[300:]),
         BadRequest("an unknown adapter", 404, png, "/classify/unknown"),
+        BadRequest("an adapter that is no text", 404, png, "/classify/%00%ff"),
         BadRequest("the bare backbone", 404, png, "/classify/__base__"),
         BadRequest("no adapter", 404, png, "/classify/"),
         BadRequest("another address", 404, png, "/classify/{adapter}/more"),

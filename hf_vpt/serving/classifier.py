@@ -116,7 +116,9 @@ class Classifier:
 
 def label_names(model: PeftModel, name: str, num_classes: int) -> list[str]:
     """Return the names of an adapter's classes; numbers where it has none."""
-    return getattr(model.peft_config[name], "label_names", None) or [str(number) for number in range(num_classes)]
+    names = getattr(model.peft_config[name], "label_names", None) or [str(number) for number in range(num_classes)]
+    # JSON can hold halves of characters, which no answer can.
+    return [name.encode("utf-8", "replace").decode() for name in names]
 
 
 def load_classifier(adapters: Mapping[str, str], args: ServingArguments) -> Classifier:

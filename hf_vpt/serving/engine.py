@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -36,14 +36,16 @@ class _Waiting:
 class Batcher:
     """Collects images that arrive at about the same time, and runs the model on them in one thread.
 
-    A batch holds images of one shape. It starts when it is full, or when its oldest image has waited long enough;
-    while one runs, images for the next ones gather. If a batch fails, each of its images is tried alone.
+    A batch holds images of one shape. It starts when it is full, when no other image is on its way, or when its
+    oldest image has waited long enough; while one runs, images for the next ones gather. If a batch fails, each of its
+    images is tried alone.
 
     Args:
         run: From the adapters' names and the images of a batch to the scores of each. Called in a thread of its own,
             never twice at once.
         max_batch_size: Images B of a batch at most.
-        max_wait_ms: Milliseconds that an image waits for others at most, while the model has nothing to do. 0: none.
+        max_wait_ms: Milliseconds that an image waits at most for others on their way, while the model has nothing to
+            do.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Batcher:
         self.max_wait = max_wait_ms / 1000
         self.metrics = Metrics(lambda: len(self._queue))
         self._queue: list[_Waiting] = []
+        self._num_on_their_way = 0
         self._stopping = False
         self._worker: asyncio.Task | None = None
 
@@ -77,6 +80,16 @@ class Batcher:
         self._changed.set()
         await self._worker
         self._thread.shutdown()
+
+    @contextlib.contextmanager
+    def on_its_way(self) -> Iterator[None]:
+        """The time in which an image is made ready: for this one, others wait."""
+        self._num_on_their_way += 1
+        try:
+            yield
+        finally:
+            self._num_on_their_way -= 1
+            self._changed.set()
 
     async def classify(self, adapter: str, image: torch.Tensor) -> torch.Tensor:
         """Return the scores of an image; if the one who waits for them is cancelled, the image leaves the queue.
@@ -121,7 +134,7 @@ class Batcher:
             return []
         oldest = self._queue[0]
         shape, size = Counter(waiting.shape for waiting in self._queue).most_common(1)[0]
-        if self._stopping or now >= oldest.deadline:
+        if self._stopping or not self._num_on_their_way or now >= oldest.deadline:
             shape = oldest.shape  # the oldest goes first, so that no shape waits for ever
         elif size < self.max_batch_size:
             return []

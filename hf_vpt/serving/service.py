@@ -107,8 +107,9 @@ class Service:
             Refusal: The body is no image that is read, or the model fails.
         """
         loop = asyncio.get_running_loop()
-        decoded = loop.run_in_executor(self.decoders, read_image, body, adapter.transform, self.args.max_pixels)
-        pixel_values, size = await decoded
+        how = (adapter.transform, self.args.max_pixels)
+        with self.batcher.on_its_way():
+            pixel_values, size = await loop.run_in_executor(self.decoders, read_image, body, *how)
         return await self.batcher.classify(adapter.name, pixel_values), size
 
 
