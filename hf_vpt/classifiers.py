@@ -8,10 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
 
-from .demo import demo_backbone_path
-
-
-DEMO = "demo"
+from .demo import DEMO, demo_backbone_path
 
 
 def resolve_model_path(name: str) -> str:
@@ -59,10 +56,6 @@ def load_backbone(name: str, config: PreTrainedConfig, revision: str | None = No
         revision: Branch, tag or commit on the Hub.
         kwargs: Further arguments of `AutoModelForImageClassification.from_pretrained`.
     """
-    model = AutoModelForImageClassification.from_pretrained(
+    return AutoModelForImageClassification.from_pretrained(
         resolve_model_path(name), config=config, revision=revision, ignore_mismatched_sizes=True, **kwargs
     )
-    if name == DEMO:
-        # An adapter records what its backbone is called. Where this package lies is different on each machine.
-        model.name_or_path = model.config._name_or_path = DEMO
-    return model

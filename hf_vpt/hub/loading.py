@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..classifiers import DEMO, load_backbone, load_classifier_config, resolve_model_path
+from ..classifiers import load_backbone, load_classifier_config, resolve_model_path
+from ..demo import demo_backbone_path
 from .files import MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, fetch
 
 
@@ -145,9 +146,11 @@ def _named_backbone(config: PeftConfig, is_local: bool) -> str:
     found = None
     if not name:
         found = "no base model"
-    elif name != DEMO and not is_local and (Path(name).exists() or Path(name).is_absolute()):
+    elif name == demo_backbone_path():
+        return name
+    elif not is_local and (Path(name).exists() or Path(name).is_absolute()):
         found = f"the folder '{name}' as base model in an adapter from the Hub"
-    elif name != DEMO and Path(name).is_absolute() and not Path(name).is_dir():
+    elif Path(name).is_absolute() and not Path(name).is_dir():
         found = f"the folder '{name}' as base model, which is not on this machine"
     if found is not None:
         raise ValueError(

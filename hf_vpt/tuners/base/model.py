@@ -271,6 +271,9 @@ class PromptTuner(BaseTuner):
                     "or make a new one with a fresh config."
                 )
             setattr(peft_config, name, found)
+        if peft_config.revision is None:
+            # The commit of the Hub that the backbone came from, so that it is found again.
+            peft_config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         layers = peft_config.resolved_layers(backbone.num_layers)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = layers
