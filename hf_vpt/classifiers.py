@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers.utils import CONFIG_NAME
 
 from .demo import DEMO, demo_backbone_path
 
@@ -56,6 +58,17 @@ def load_backbone(name: str, config: PreTrainedConfig, revision: str | None = No
         revision: Branch, tag or commit on the Hub.
         kwargs: Further arguments of `AutoModelForImageClassification.from_pretrained`.
     """
-    return AutoModelForImageClassification.from_pretrained(
+    model = AutoModelForImageClassification.from_pretrained(
         resolve_model_path(name), config=config, revision=revision, ignore_mismatched_sizes=True, **kwargs
     )
+    # Adapters record it, so that they find the same backbone again.
+    model.config._commit_hash = _loaded_commit(name, revision)
+    return model
+
+
+def _loaded_commit(name: str, revision: str | None) -> str | None:
+    """The commit of the Hub that a backbone was just loaded from; None for one from a folder."""
+    if name == DEMO or Path(name).is_dir():
+        return None
+    file = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None

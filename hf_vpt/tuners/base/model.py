@@ -272,7 +272,7 @@ class PromptTuner(BaseTuner):
                 )
             setattr(peft_config, name, found)
         if peft_config.revision is None:
-            # The commit of the Hub that the backbone came from, so that it is found again.
+            # The commit of the Hub that the backbone came from, where `hf_vpt.classifiers` or Transformers left it.
             peft_config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         layers = peft_config.resolved_layers(backbone.num_layers)
         if peft_config.layers_to_transform is not None:
