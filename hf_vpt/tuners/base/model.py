@@ -416,6 +416,21 @@ class PromptTuner(BaseTuner):
             model.save_pretrained = refuse_to_save
         return model.requires_grad_(False)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, in a time that does not depend on how many there are."""
+        pending = [self.model]
+        while pending:
+            module = pending.pop()
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                name = module.check_set_adapter(adapter_name)
+                module.set_adapter(name if name in module._adapters else [], inference_mode=inference_mode)
+            elif isinstance(module, PromptedBlock):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+                pending.append(module.base_layer)
+            else:
+                pending.extend(module.children())
+        self.active_adapter = adapter_name
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
         remaining = sorted(self.peft_config.keys() - {adapter_name})
