@@ -87,8 +87,8 @@ def load_image_classifier(
             with _without_load_report():
                 backbone = load_backbone(backbone, base_config, base_revision, use_safetensors=True, **kwargs)
         model = PeftModel.from_pretrained(backbone, folder, adapter_name).eval()
-    # Else pipelines complain of every PeftModel that it is none of the classes for images.
-    SUPPORTED_PEFT_TASKS.setdefault("image-classification", []).append("PeftModel")
+    # Pipelines complain of models whose class they do not find here.
+    SUPPORTED_PEFT_TASKS.setdefault("image-classification", ["PeftModel"])
     return model, _load_processor(folder, model, base_revision, token)
 
 
@@ -109,7 +109,8 @@ def _fetch_adapter(
         raise OSError(
             f"Found no {missing} in '{adapter}'{f', folder {subfolder!r}' if subfolder else ''}. An adapter consists "
             f"of {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}; pickles are not loaded. Give the folder or repository "
-            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one."
+            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one; a whole model loads with "
+            "Transformers' AutoModelForImageClassification."
         )
     for name in (LABELS_FILE, IMAGE_PROCESSOR_NAME):
         fetch(adapter, name, max_bytes=MAX_JSON_BYTES, revision=revision, **where)
