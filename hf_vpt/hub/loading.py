@@ -109,8 +109,8 @@ def _fetch_adapter(
         raise OSError(
             f"Found no {missing} in '{adapter}'{f', folder {subfolder!r}' if subfolder else ''}. An adapter consists "
             f"of {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}; pickles are not loaded. Give the folder or repository "
-            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one; a whole model loads with "
-            "Transformers' AutoModelForImageClassification."
+            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one; a whole model loads "
+            "with Transformers' AutoModelForImageClassification."
         )
     for name in (LABELS_FILE, IMAGE_PROCESSOR_NAME):
         fetch(adapter, name, max_bytes=MAX_JSON_BYTES, revision=revision, **where)
