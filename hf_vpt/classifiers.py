@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers.utils import CONFIG_NAME
 
-from .demo import demo_backbone_path
-
-
-DEMO = "demo"
+from .demo import DEMO, demo_backbone_path
 
 
 def resolve_model_path(name: str) -> str:
@@ -62,7 +61,14 @@ def load_backbone(name: str, config: PreTrainedConfig, revision: str | None = No
     model = AutoModelForImageClassification.from_pretrained(
         resolve_model_path(name), config=config, revision=revision, ignore_mismatched_sizes=True, **kwargs
     )
-    if name == DEMO:
-        # An adapter records what its backbone is called. Where this package lies is different on each machine.
-        model.name_or_path = model.config._name_or_path = DEMO
+    # Adapters record it, so that they find the same backbone again.
+    model.config._commit_hash = _loaded_commit(name, revision)
     return model
+
+
+def _loaded_commit(name: str, revision: str | None) -> str | None:
+    """The commit of the Hub that a backbone was just loaded from; None for one from a folder."""
+    if name == DEMO or Path(name).is_dir():
+        return None
+    file = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None

@@ -1,6 +1,7 @@
 """Each adapter has a head with classes of its own, and their names."""
 
 import copy
+import sys
 import warnings
 
 import pytest
@@ -148,3 +149,39 @@ def test_a_copied_model_changes_the_names_of_its_own_configuration_alone():
     copied.set_adapter("shapes")
     assert list(model.config.id2label.values()) == ANIMALS
     assert list(copied.config.id2label.values()) == SHAPES
+
+
+def count_calls(function):
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def test_switching_takes_no_longer_with_more_adapters(adapter):
+    model = get_peft_model(vit(), adapter.config())
+    counts = {}
+    for number in range(1, 12):
+        model.add_adapter(str(number), adapter.config(label_names=SHAPES))
+        model.set_adapter("1")
+        model.set_adapter("default")
+        counts[number] = count_calls(lambda: model.set_adapter("1"))
+    assert counts[11] == counts[1]
+
+
+def test_what_was_made_trainable_beside_the_active_adapter_is_frozen_by_a_switch():
+    model = two_tasks()
+    model.set_requires_grad("shapes", True)
+    model.set_adapter("default")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and not any("_prompts.shapes" in name for name in trained)
+    model.set_adapter("shapes", inference_mode=True)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "_prompts" in name)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,7 +16,8 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..classifiers import DEMO, load_backbone, load_classifier_config, resolve_model_path
+from ..classifiers import load_backbone, load_classifier_config, resolve_model_path
+from ..demo import DEMO, demo_backbone_path
 from .files import MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, fetch
 
 
@@ -68,7 +72,8 @@ def load_image_classifier(
 
     folder = _fetch_adapter(adapter, revision, subfolder, token)
     config = _read_config(folder)
-    label_names = getattr(config, "label_names", None) or read_label_names(folder)
+    # A prompt adapter knows the names of its classes and brings a head of its own size.
+    label_names = None if getattr(config, "label_names", None) else read_label_names(folder)
     base_revision = config.revision if base_model is None else None
     if into is not None:
         _check_fits_beside(config, adapter_name, into)
@@ -77,18 +82,13 @@ def load_image_classifier(
     else:
         backbone = base_model or _named_backbone(config, is_local=Path(adapter).is_dir())
         if isinstance(backbone, str):
-            backbone = load_backbone(
-                backbone,
-                load_classifier_config(backbone, label_names, base_revision, token=token),
-                base_revision,
-                token=token,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                use_safetensors=True,
-            )
+            base_config = load_classifier_config(backbone, label_names, base_revision, token=token)
+            kwargs = {"token": token, "dtype": dtype, "attn_implementation": attn_implementation}
+            with _without_load_report():
+                backbone = load_backbone(backbone, base_config, base_revision, use_safetensors=True, **kwargs)
         model = PeftModel.from_pretrained(backbone, folder, adapter_name).eval()
-    # Else pipelines complain of every PeftModel that it is none of the classes for images.
-    SUPPORTED_PEFT_TASKS.setdefault("image-classification", []).append("PeftModel")
+    # Pipelines complain of models whose class they do not find here.
+    SUPPORTED_PEFT_TASKS.setdefault("image-classification", ["PeftModel"])
     return model, _load_processor(folder, model, base_revision, token)
 
 
@@ -109,16 +109,34 @@ def _fetch_adapter(
         raise OSError(
             f"Found no {missing} in '{adapter}'{f', folder {subfolder!r}' if subfolder else ''}. An adapter consists "
             f"of {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}; pickles are not loaded. Give the folder or repository "
-            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one."
+            "that `save_pretrained` or `push_to_hub` wrote, and its subfolder if there is one; a whole model loads "
+            "with Transformers' AutoModelForImageClassification."
         )
     for name in (LABELS_FILE, IMAGE_PROCESSOR_NAME):
         fetch(adapter, name, max_bytes=MAX_JSON_BYTES, revision=revision, **where)
     return config.parent
 
 
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps Transformers from reporting that a backbone has no head, or another one: the adapter has its own."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _read_config(folder: Path) -> PeftConfig:
     try:
-        return PeftConfig.from_pretrained(folder)
+        config = PeftConfig.from_pretrained(folder)
+        if config.peft_type is None:
+            raise KeyError("peft_type")
+        if config.base_model_name_or_path == DEMO:
+            config.base_model_name_or_path = demo_backbone_path()
+        return config
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"Found {CONFIG_NAME} in {folder} that is no configuration of an adapter ({error!r}). A PEFT adapter of a "
@@ -145,9 +163,11 @@ def _named_backbone(config: PeftConfig, is_local: bool) -> str:
     found = None
     if not name:
         found = "no base model"
-    elif name != DEMO and not is_local and (Path(name).exists() or Path(name).is_absolute()):
+    elif name == demo_backbone_path():
+        return name
+    elif not is_local and (Path(name).exists() or Path(name).is_absolute()):
         found = f"the folder '{name}' as base model in an adapter from the Hub"
-    elif name != DEMO and Path(name).is_absolute() and not Path(name).is_dir():
+    elif Path(name).is_absolute() and not Path(name).is_dir():
         found = f"the folder '{name}' as base model, which is not on this machine"
     if found is not None:
         raise ValueError(

@@ -12,7 +12,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ...choices import check_choice
-from ...hub.card import add_loading_lines
+from ...demo import DEMO, demo_backbone_path
+from ...hub.card import update_model_card
 from .checkpoint import verify_checkpoint
 from .prompts import BlockLayout
 
@@ -53,6 +54,9 @@ class PromptConfig(PeftConfig):
     """
 
     method_name: ClassVar[str]
+    # Its name in texts, and its paper on arXiv.
+    title: ClassVar[str]
+    paper: ClassVar[str]
     # Shapes in the adapter file that this config was loaded with, by tensor name; never saved.
     saved_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -136,15 +140,24 @@ class PromptConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, PromptConfig):
+            if config.base_model_name_or_path == DEMO:
+                config.base_model_name_or_path = demo_backbone_path()
             config.saved_shapes = verify_checkpoint(
                 config, os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs
             )
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves the config, and puts the lines that load the adapter into the model card that PEFT wrote."""
+        """Saves the config, and a model card in place of the empty one that PEFT wrote."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_lines(save_directory)
+        update_model_card(save_directory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: the packaged backbone is called `"demo"`, wherever the package lies."""
+        fields = super().to_dict()
+        if fields["base_model_name_or_path"] == demo_backbone_path():
+            fields["base_model_name_or_path"] = DEMO
+        return fields
 
     def resolved_layers(self, num_layers: int) -> list[int]:
         """Sorted indices of the blocks with prompts in a model of `num_layers` blocks.

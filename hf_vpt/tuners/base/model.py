@@ -271,6 +271,9 @@ class PromptTuner(BaseTuner):
                     "or make a new one with a fresh config."
                 )
             setattr(peft_config, name, found)
+        if peft_config.revision is None:
+            # The commit of the Hub that the backbone came from, where `hf_vpt.classifiers` or Transformers left it.
+            peft_config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         layers = peft_config.resolved_layers(backbone.num_layers)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = layers
@@ -412,6 +415,21 @@ class PromptTuner(BaseTuner):
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = refuse_to_save
         return model.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, in a time that does not depend on how many there are."""
+        pending = [self.model]
+        while pending:
+            module = pending.pop()
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                name = module.check_set_adapter(adapter_name)
+                module.set_adapter(name if name in module._adapters else [], inference_mode=inference_mode)
+            elif isinstance(module, PromptedBlock):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+                pending.append(module.base_layer)
+            else:
+                pending.extend(module.children())
+        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""
