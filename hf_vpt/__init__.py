@@ -9,6 +9,7 @@ Importing this package registers the methods with PEFT. Do it in every program t
 from . import versions  # noqa: F401, stands first: it refuses versions with which the rest would crash
 from .attention.maps import SplitAttention, split_attentions
 from .backbones import BACKBONES, BackboneRecord
+from .hub.loading import load_image_classifier
 from .registration import register_method
 from .tuners import METHODS, TUNERS
 from .tuners.bpt import BPTConfig, BPTModel, initialize_whitening
@@ -36,5 +37,6 @@ __all__ = [
     "VPTConfig",
     "VPTModel",
     "initialize_whitening",
+    "load_image_classifier",
     "split_attentions",
 ]

@@ -151,11 +151,13 @@ def test_a_damaged_file_leaves_the_other_adapters_of_a_model_alone(damaged, adap
     assert torch.equal(output_of(model, pixel_values), expected)
 
 
-def test_another_number_of_labels_is_refused_with_both_shapes(adapter, tmp_path, pixel_values):
+def test_a_head_that_does_not_fit_the_names_of_its_classes_is_refused(adapter, tmp_path, pixel_values):
     wrap(adapter).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"label_names": ["a", "b"]}))
     base = BACKBONES["vit"].build(num_labels=7)
     modules, expected = list(base.modules()), output_of(base, pixel_values)
-    message = r"classifier\.weight of shape \(7, 16\) in the model and of shape \(5, 16\) .*num_labels=5"
+    message = r"classifier\.weight of shape \(5, 16\) in the adapter file, .* ask for \(2, 16\)"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(base, tmp_path)
     assert all(a is b for a, b in zip(base.modules(), modules, strict=True))
@@ -166,6 +168,31 @@ def test_another_number_of_labels_is_refused_with_both_shapes(adapter, tmp_path,
         model.load_adapter(tmp_path, "second")
     assert list(model.peft_config) == ["default"]
     assert torch.equal(output_of(model, pixel_values), expected)
+
+
+def test_a_file_with_weights_of_the_backbone_or_strange_numbers_is_refused(adapter, tmp_path):
+    wrap(adapter).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    path = "base_model.model.vit.layers.0.base_layer.mlp.fc1.weight"
+    save_file(tensors | {path: torch.zeros(24, 16)}, file)
+    with pytest.raises(ValueError, match="1 tensors in .* neither prompts nor .*fc1.weight"):
+        PeftModel.from_pretrained(fresh_base(), tmp_path)
+    key = next(key for key in tensors if "_prompts." in key and tensors[key].is_floating_point())
+    save_file(tensors | {key: tensors[key].long()}, file)
+    with pytest.raises(ValueError, match="of the format torch.int64 .* makes torch.float32"):
+        PeftModel.from_pretrained(fresh_base(), tmp_path)
+    save_file(tensors | {key: tensors[key].to(torch.int8)}, file)
+    with pytest.raises(ValueError, match="numbers of the format I8 in .* Adapters hold F64"):
+        PeftModel.from_pretrained(fresh_base(), tmp_path)
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(adapter, tmp_path, monkeypatch):
+    wrap(adapter).save_pretrained(tmp_path)
+    monkeypatch.setattr("hf_vpt.tuners.base.checkpoint.MAX_WEIGHTS_BYTES", 100)
+    monkeypatch.setattr("hf_vpt.tuners.base.checkpoint.safe_open", None)
+    with pytest.raises(ValueError, match="adapter_model.safetensors with 0 MiB. .* more is not loaded"):
+        PeftModel.from_pretrained(fresh_base(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,7 +227,7 @@ def test_the_file_of_another_method_is_refused(adapter, tmp_path):
     wrap(other).save_pretrained(tmp_path / "other")
     (tmp_path / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
     base = BACKBONES["vit"].build()
-    with pytest.raises(ValueError, match=r"do not fit the adapter's config.*None"):
+    with pytest.raises(ValueError, match="neither prompts nor listed in modules_to_save"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not any(isinstance(module, PromptedBlock) for module in base.modules())
 

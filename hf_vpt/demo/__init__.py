@@ -3,7 +3,10 @@
 from pathlib import Path
 
 
-__all__ = ["demo_backbone_path"]
+__all__ = ["DEMO", "demo_backbone_path"]
+
+# What settings and saved adapters call it: where this package lies is different on each machine.
+DEMO = "demo"
 
 
 def demo_backbone_path() -> str:

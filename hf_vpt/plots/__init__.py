@@ -1,7 +1,8 @@
 """Pictures, drawn with matplotlib (`pip install "hf_vpt[plots]"`)."""
 
 from .cost import plot_cost
+from .prompts import plot_attention, plot_prompt_distribution
 from .scores import plot_scores
 
 
-__all__ = ["plot_cost", "plot_scores"]
+__all__ = ["plot_attention", "plot_cost", "plot_prompt_distribution", "plot_scores"]

@@ -86,6 +86,7 @@ class TrainingArguments(transformers.TrainingArguments):
             least 0, and so are labels (mixup, arXiv 1710.09412); 0 for never. The larger, the nearer to halves.
         cutmix_alpha: The same for boxes cut out of the neighbour (CutMix, arXiv 1905.04899). With both, each batch
             gets one of them.
+        hub_license: Licence, by the Hub's names, that the card of a published adapter states. Default: `unknown`.
         plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
             0 for never.
 
@@ -121,6 +122,7 @@ class TrainingArguments(transformers.TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Strength of mixup; 0 for none."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Strength of CutMix; 0 for none."})
+    hub_license: str | None = field(default=None, metadata={"help": "Licence of what is published, as apache-2.0."})
     plateau_patience: int = field(default=5, metadata={"help": "Epochs of guessing after which to warn."})
 
     def __post_init__(self):

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
+from peft import PeftModel
 from transformers import TrainerState, enable_full_determinism, set_seed
-from transformers.utils import logging
+from transformers.utils import is_matplotlib_available, logging
 
 from ..data import collate_images, load_image_dataset
 from ..data.preprocessing import choose_processor
+from ..hub.card import ATTENTION_PICTURE, DISTRIBUTION_PICTURE, METRICS_FILE
 from ..tuners.base import PromptConfig
 from .comparison import describe_data
 from .identity import RunIdentity
@@ -25,7 +28,7 @@ from .models import count_trained_parameters, load_classifier, load_image_proces
 from .parsing import Settings
 from .prefix import cache_prefixes, check_prefix_caching
 from .record import describe_settings
-from .relocation import RelocationCallback
+from .relocation import RELOCATIONS_FILE, RelocationCallback
 from .sharding import gathered
 from .shared import SharedLoader
 from .trainer import ImageClassificationTrainer
@@ -34,7 +37,6 @@ from .trouble import PlateauWarning
 
 logger = logging.get_logger(__name__)
 
-METRICS_FILE = "metrics.json"
 TIMINGS_FILE = "timings.json"
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
 
@@ -104,7 +106,9 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
         for name, content in ((METRICS_FILE, results), (TIMINGS_FILE, timings)):
             (output_dir / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if settings.training.push_to_hub:
-        trainer.push_to_hub(tasks="image-classification", dataset=settings.data.dataset_name)
+        if trainer.is_world_process_zero():
+            draw_adapter(trainer, data["test"])
+        trainer.push_to_hub()
     else:
         trainer.save_model()
     return results
@@ -206,6 +210,26 @@ def build_trainer(
         with gathered(model):
             model.base_model.initialize_from_images(sample_batches(data["train"], processor, training_args))
     return trainer, data
+
+
+def draw_adapter(trainer: ImageClassificationTrainer, images: Dataset) -> None:
+    """Draw what the card of an adapter shows into the output folder, where matplotlib is installed.
+
+    Nothing of single images is published: attention is averaged over some of them.
+    """
+    from ..plots import plot_attention, plot_prompt_distribution  # of reports, which read what runs write
+
+    model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
+    if not is_matplotlib_available() or not isinstance(model, PeftModel):
+        return
+    relocations = folder / RELOCATIONS_FILE
+    if relocations.is_file() and (rounds := json.loads(relocations.read_text(encoding="utf-8"))):
+        plot_prompt_distribution(rounds, folder / DISTRIBUTION_PICTURE)
+    batch = next(iter(trainer.get_test_dataloader(images)))
+    try:
+        plot_attention(model, batch["pixel_values"].to(model.device), folder / ATTENTION_PICTURE)
+    except ValueError as error:
+        logger.info(f"No picture of attention: {error}")
 
 
 def epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:

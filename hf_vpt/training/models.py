@@ -11,37 +11,20 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    ViTConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_bitsandbytes_available
 
 from ..backbones import BACKBONES, find_backbone
+from ..classifiers import load_backbone, load_classifier_config, resolve_model_path
+from ..hub.loading import LABELS_FILE, read_label_names
 from .arguments import ModelArguments
 from .baselines import BaselineLoraConfig, is_bias
-
-
-LABELS_FILE = "id2label.json"
-
-
-def resolve_model_path(name: str) -> str:
-    """Return where a backbone lies: the packaged one for `"demo"`, else `name` itself, a folder or a Hub id."""
-    if name != "demo":
-        if Path(name).is_absolute() and not Path(name).is_dir():
-            raise FileNotFoundError(
-                f"'{name}' is no folder. model_name_or_path needs the folder of a saved model, a Hub id such as "
-                "google/vit-base-patch16-224-in21k, or demo: correct it."
-            )
-        return name
-    from ..demo import demo_backbone_path
-
-    return str(demo_backbone_path())
 
 
 def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> PreTrainedModel:
@@ -62,24 +45,15 @@ def load_classifier(model_args: ModelArguments, label_names: Sequence[str]) -> P
     Raises:
         ImportError: If a quantised backbone is asked for and bitsandbytes is not installed.
     """
-    path = resolve_model_path(model_args.model_name_or_path)
-    id2label = dict(enumerate(label_names))
-    config = AutoConfig.from_pretrained(
-        path,
-        revision=model_args.model_revision,
-        id2label=id2label,
-        label2id={label: number for number, label in id2label.items()},
-    )
-    config = _without_decoder(config)
-    model = AutoModelForImageClassification.from_pretrained(
-        path,
-        config=config,
-        revision=model_args.model_revision,
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    config = load_classifier_config(name, label_names, revision)
+    model = load_backbone(
+        name,
+        config,
+        revision,
         attn_implementation=model_args.attn_implementation,
         dtype=getattr(torch, model_args.dtype),
         quantization_config=_quantization_config(model_args, config),
-        # A head for other classes is replaced.
-        ignore_mismatched_sizes=True,
     )
     for module in model.modules():
         # On a CPU, bitsandbytes packs 4-bit weights anew in evaluation mode, in which frozen layers stay, for a
@@ -108,14 +82,6 @@ def _quantization_config(model_args: ModelArguments, config: PreTrainedConfig) -
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=getattr(torch, model_args.dtype),
     )
-
-
-def _without_decoder(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of the ViT in a ViT-MAE, and any other config as it is."""
-    if config.model_type != "vit_mae":
-        return config
-    shared = {"id2label", "label2id"} | ViTConfig().to_dict().keys() - {"model_type", "architectures"}
-    return ViTConfig(**{name: value for name, value in config.to_dict().items() if name in shared})
 
 
 def load_image_processor(model_args: ModelArguments) -> BaseImageProcessor:
@@ -215,5 +181,9 @@ def save_label_names(model: PreTrainedModel | PeftModel, folder: str | Path) -> 
 
 def load_label_names(folder: str | Path) -> list[str]:
     """Read the names of the classes that were written beside an adapter, in the order of their numbers."""
-    names = json.loads((Path(folder) / LABELS_FILE).read_text(encoding="utf-8"))
-    return [names[str(number)] for number in range(len(names))]
+    names = read_label_names(folder)
+    if names is None:
+        raise FileNotFoundError(
+            f"Found no {LABELS_FILE} in {folder}. The folder of a trained adapter is needed: give another one."
+        )
+    return names

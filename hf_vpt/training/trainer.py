@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.nn import functional as F
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..hub import add_loading_lines
+from ..hub.card import CARD_FILE, write_model_card
+from ..hub.loading import LABELS_FILE
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
@@ -203,6 +206,9 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def _save_with_label_names(self, folder: str, state_dict=None) -> None:
         super()._save(folder, state_dict)
+        if self.args.should_save and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            # A pickle, which is for going on from checkpoints. What is shared holds none.
+            (Path(folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         model = self.accelerator.unwrap_model(self.model)
         if self.args.should_save and isinstance(model, PeftModel):
             save_label_names(model, folder)
@@ -235,6 +241,9 @@ class ImageClassificationTrainer(transformers.Trainer):
     def _push_from_checkpoint(self, checkpoint_folder) -> None:
         if self.is_world_process_zero():
             self._finish_checkpoint(Path(checkpoint_folder))  # what goes to the Hub is whole
+            for name in (LABELS_FILE, CARD_FILE):  # Trainer copies the adapter's own files alone
+                if (Path(checkpoint_folder) / name).is_file():
+                    shutil.copy(Path(checkpoint_folder) / name, self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -252,10 +261,23 @@ class ImageClassificationTrainer(transformers.Trainer):
             return True
         return is_best
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
-            add_loading_lines(self.args.output_dir)  # Trainer has written a card of its own over PEFT's
+    def push_to_hub(self, *args, **kwargs) -> CommitInfo | None:
+        """As `Trainer.push_to_hub`; pickled settings, which pushes while training leave behind, are taken away."""
+        self._finish_current_push()
+        if self.is_world_process_zero() and self.hub_model_id is not None:
+            where = {"repo_id": self.hub_model_id, "token": kwargs.get("token") or self.args.hub_token}
+            where["revision"] = kwargs.get("revision") or self.args.hub_revision
+            if HfApi().file_exists(filename=TRAINING_ARGS_NAME, **where):
+                HfApi().delete_file(TRAINING_ARGS_NAME, commit_message="No pickle", **where)
+        return super().push_to_hub(*args, **kwargs)
+
+    def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
+        """A card of an adapter says what lies in `output_dir`; of a whole model, what `Trainer` knows."""
+        license = license or self.args.hub_license
+        if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            super().create_model_card(*args, license=license, **kwargs)
+        elif self.is_world_process_zero():
+            write_model_card(self.args.output_dir, repository=self.hub_model_id, license=license)
 
     # Transformers saves a model's weights under the names of the original release (`vit.encoder.layer.0…`) where its
     # own code has newer ones (`vit.layers.0…`). Trainer loads a checkpoint by name and passes over what it does not

@@ -94,6 +94,8 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         # Prompts of the active adapters, in their order. A forward pass finds them by position and not by name: code
         # that was compiled for one adapter then serves every other one with prompts of the same shapes.
         self._active: list[Prompts] = []
+        # Adapters that may train although they are not active.
+        self._trained_beside: set[str] = set()
         # In lists, so that torch does not take them for parts of this block.
         self._first: list[PromptedBlock] = []
         self._merging_before: list[nn.Module] = []
@@ -141,9 +143,20 @@ class PromptedBlock(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        super().set_adapter(*args, **kwargs)
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, in a time that does not depend on how many there are."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        # PEFT visits every adapter. The others are frozen already.
+        for name in {*self.active_adapters, *self._trained_beside, *names}:
+            if name in self.prompts:
+                self.prompts[name].requires_grad_(name in names and not inference_mode)
+        self._trained_beside.clear()
+        self._active_adapter = names
         self._list_active()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._trained_beside.update([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

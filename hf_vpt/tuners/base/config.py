@@ -12,9 +12,14 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ...choices import check_choice
-from ...hub import add_loading_lines
+from ...demo import DEMO, demo_backbone_path
+from ...hub.card import update_model_card
 from .checkpoint import verify_checkpoint
 from .prompts import BlockLayout
+
+
+# Configs come from the Hub, too: no number in one may keep a machine busy before anything is compared with weights.
+MAX_NUM_LAYERS = 4096
 
 
 @dataclass
@@ -33,6 +38,8 @@ class PromptConfig(PeftConfig):
             block, so `list(range(-4, 0))` are the last four. Deep prompts only.
         modules_to_save: Names of modules to train and save whole beside the prompts. `None` finds the task head by
             itself; `[]` leaves it frozen and out of the file.
+        label_names: Names of the classes of the adapter's head, in the order of its outputs. `None` takes those of the
+            model's configuration. An adapter may know other and more classes than the model's own head.
         init_weights: `False` fills every tensor of the adapter with random numbers instead of the method's own
             initial values, so that tests see an adapter that changes the output.
         target_modules: Filled in from the backbone record; leave it `None`.
@@ -47,6 +54,9 @@ class PromptConfig(PeftConfig):
     """
 
     method_name: ClassVar[str]
+    # Its name in texts, and its paper on arXiv.
+    title: ClassVar[str]
+    paper: ClassVar[str]
     # Shapes in the adapter file that this config was loaded with, by tensor name; never saved.
     saved_shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
@@ -59,6 +69,9 @@ class PromptConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved whole; the task head is found if left out."}
+    )
+    label_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes; filled in from the model.", "filled_in": True}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start from the method's own initial values."})
     target_modules: str | None = field(
@@ -96,9 +109,14 @@ class PromptConfig(PeftConfig):
         self.check_fraction("prompt_dropout")
         self.check_int("token_dim", low=1, optional=True)
         self.check_int("num_layers", low=1, optional=True)
+        if self.num_layers is not None and self.num_layers > MAX_NUM_LAYERS:
+            self.fail("num_layers", f"at most {MAX_NUM_LAYERS:,}")
         self.layers_to_transform = self._list_of("layers_to_transform", int)
         self.modules_to_save = self._list_of("modules_to_save", str)
         self.depths = self._list_of("depths", int)
+        self.label_names = self._list_of("label_names", str)
+        if self.label_names == []:
+            self.fail("label_names", "at least one name or None")
         has_blocks = self.depths is None or min(self.depths, default=0) >= 1
         if not has_blocks or (self.depths is not None and self.num_layers not in (None, sum(self.depths))):
             self.fail("depths", f"positive numbers that add up to num_layers, which is {self.num_layers}")
@@ -122,15 +140,24 @@ class PromptConfig(PeftConfig):
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, PromptConfig):
+            if config.base_model_name_or_path == DEMO:
+                config.base_model_name_or_path = demo_backbone_path()
             config.saved_shapes = verify_checkpoint(
                 config, os.fspath(pretrained_model_name_or_path), subfolder=subfolder, **kwargs
             )
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves the config, and puts the lines that load the adapter into the model card that PEFT wrote."""
+        """Saves the config, and a model card in place of the empty one that PEFT wrote."""
         super().save_pretrained(save_directory, **kwargs)
-        add_loading_lines(save_directory)
+        update_model_card(save_directory)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are saved: the packaged backbone is called `"demo"`, wherever the package lies."""
+        fields = super().to_dict()
+        if fields["base_model_name_or_path"] == demo_backbone_path():
+            fields["base_model_name_or_path"] = DEMO
+        return fields
 
     def resolved_layers(self, num_layers: int) -> list[int]:
         """Sorted indices of the blocks with prompts in a model of `num_layers` blocks.

@@ -22,6 +22,7 @@ from ...choices import check_choice
 from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_frozen_modules
 from .checkpoint import verify_tensors
 from .config import PromptConfig
+from .head import TaskHead, check_heads, check_modules_to_save, complete_label_names, linear_heads, wrap_heads
 from .prompts import BlockLayout, Prompts, StaticPrompts
 
 
@@ -270,6 +271,9 @@ class PromptTuner(BaseTuner):
                     "or make a new one with a fresh config."
                 )
             setattr(peft_config, name, found)
+        if peft_config.revision is None:
+            # The commit of the Hub that the backbone came from, where `hf_vpt.classifiers` or Transformers left it.
+            peft_config.revision = getattr(getattr(model, "config", None), "_commit_hash", None)
         layers = peft_config.resolved_layers(backbone.num_layers)
         if peft_config.layers_to_transform is not None:
             peft_config.layers_to_transform = layers
@@ -281,10 +285,14 @@ class PromptTuner(BaseTuner):
         self.check_backbone(peft_config, backbone)
         if peft_config.modules_to_save is None:
             peft_config.modules_to_save = list(backbone.heads)
-            self._check_heads(backbone.heads, model)
-        self._check_modules_to_save(peft_config, model)
+            check_heads(backbone.heads, model)
+        heads = linear_heads(peft_config, backbone, model)
+        complete_label_names(peft_config, heads, model)
+        check_modules_to_save(peft_config, model, heads)
         peft_config.target_modules = pattern
         self._backbone = backbone
+        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        wrap_heads(peft_config, heads, model, adapter_name, is_active=adapter_name in self.active_adapters)
 
     def _check_refused(self, config: PromptConfig, backbone: Backbone) -> None:
         """Raises if the backbone's record refuses the method or what the config asks for."""
@@ -302,44 +310,6 @@ class PromptTuner(BaseTuner):
                 config.fail("pool_prompts", f"False: this {record.title} does not average its tokens")
             if config.deep and backbone.num_layers - 1 not in config.resolved_layers(backbone.num_layers):
                 config.fail("pool_prompts", "False unless the last block has prompts")
-
-    @staticmethod
-    def _check_heads(heads: tuple[str, ...], model: nn.Module) -> None:
-        """Raises if PEFT, which looks at how names end, would take parts of the backbone for a head that was found."""
-        for head in heads:
-            others = [name for name, _ in model.named_modules() if name.endswith(head) and name != head]
-            if others:
-                raise ValueError(
-                    f"Found a head called {head!r} and modules of the backbone whose names end like that: "
-                    f"{', '.join(others[:3])}. PEFT would train these as well, and the backbone must stay as it is. "
-                    "Give the head another name, such as 'classifier', or pass modules_to_save=[] to leave it frozen."
-                )
-
-    @staticmethod
-    def _check_modules_to_save(peft_config: PromptConfig, model: nn.Module) -> None:
-        """Raises if a module to save is not there, or is not in the adapter file as the model has it."""
-        modules = dict(model.named_modules())
-        for name in peft_config.modules_to_save:
-            found = [key for key in modules if key == name or key.endswith(f".{name}")]
-            if not found:
-                peft_config.fail("modules_to_save", f"names of modules of the model; it has no {name!r}")
-            module = modules[found[0]]
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module = module.original_module
-            for tensor_name, tensor in module.state_dict().items():
-                key, shape = f"{found[0]}.{tensor_name}", tuple(tensor.shape)
-                saved = peft_config.saved_shapes.get(key) if peft_config.saved_shapes else shape
-                if saved is None:
-                    raise ValueError(
-                        f"Found no {key} in the adapter file, but others of {name!r}. Predictions need the whole "
-                        "head. Save the adapter again with `save_pretrained`, from a model with the same head."
-                    )
-                if saved != shape:
-                    raise ValueError(
-                        f"Found {key} of shape {shape} in the model and of shape {saved} in the adapter file. Both "
-                        "must be the same. Load the base model with the adapter's number of labels, for example "
-                        f"`from_pretrained(…, num_labels={saved[0]})`."
-                    )
 
     def _create_and_replace(
         self,
@@ -400,7 +370,8 @@ class PromptTuner(BaseTuner):
         # PEFT would leave the trained head on the backbone, where it means nothing without its prompts.
         for name, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
-                self.model.set_submodule(name, module.original_module)
+                own = module.release() if isinstance(module, TaskHead) else module.original_module
+                self.model.set_submodule(name, own)
         model = super().unload().train(training)
         self._remove_hooks(model)
         return model
@@ -444,6 +415,21 @@ class PromptTuner(BaseTuner):
         if isinstance(model, PreTrainedModel):
             model.save_pretrained = refuse_to_save
         return model.requires_grad_(False)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, in a time that does not depend on how many there are."""
+        pending = [self.model]
+        while pending:
+            module = pending.pop()
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                name = module.check_set_adapter(adapter_name)
+                module.set_adapter(name if name in module._adapters else [], inference_mode=inference_mode)
+            elif isinstance(module, PromptedBlock):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+                pending.append(module.base_layer)
+            else:
+                pending.extend(module.children())
+        self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; if it was the only active one, the first by name of those left becomes active."""

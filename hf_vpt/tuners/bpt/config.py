@@ -41,6 +41,8 @@ class BPTConfig(PromptConfig):
     """
 
     method_name: ClassVar[str] = "HFVPT_BPT"
+    title: ClassVar[str] = "BPT"
+    paper: ClassVar[str] = "2506.22908"
 
     num_virtual_tokens: int = field(default=50, metadata={"help": "Number of prompts in a block."})
     rank: int = field(default=50, metadata={"help": "Rank of the prompts of a block."})

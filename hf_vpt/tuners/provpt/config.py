@@ -53,6 +53,8 @@ class PROVPTConfig(PromptConfig):
     """
 
     method_name: ClassVar[str] = "HFVPT_PROVPT"
+    title: ClassVar[str] = "PRO-VPT"
+    paper: ClassVar[str] = "2503.06901"
 
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of prompts in a block at the start."})
     prompt_dropout: float = field(default=0.1, metadata={"help": "Dropout on the prompts while training."})

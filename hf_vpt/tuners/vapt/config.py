@@ -58,6 +58,8 @@ class VAPTConfig(PromptConfig):
     """
 
     method_name: ClassVar[str] = "HFVPT_VAPT"
+    title: ClassVar[str] = "VAPT"
+    paper: ClassVar[str] = "2501.18936"
 
     prompt_dropout: float = field(default=0.1, metadata={"help": "Dropout on the learned prompts while training."})
     num_static_layers: int = field(default=1, metadata={"help": "Number of first blocks with learned prompts."})

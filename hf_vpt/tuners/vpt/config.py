@@ -30,6 +30,8 @@ class VPTConfig(PromptConfig):
     """
 
     method_name: ClassVar[str] = "HFVPT_VPT"
+    title: ClassVar[str] = "VPT"
+    paper: ClassVar[str] = "2203.12119"
 
     projection_dim: int | None = field(default=None, metadata={"help": "Width of the table before its projection."})
 

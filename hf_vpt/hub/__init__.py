@@ -1,0 +1,1 @@
+"""Adapters in folders and on the Hub: the card beside them, and loading them for use."""
