@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ADAPTERS, BACKBONES, IMAGE_SIZE
 from peft import get_peft_model
 from PIL import Image
-from transformers import ViTImageProcessorPil
+from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from hf_vpt import PROVPTConfig, VPTConfig
 from hf_vpt.export import export_onnx, export_program, formats, recording
@@ -186,6 +188,27 @@ def test_a_processor_of_timm_is_described_in_the_same_words(tmp_path):
     torch.testing.assert_close(same(photo, return_tensors="pt")["pixel_values"], expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="crop_mode='squash'.*Leave `processor` out"):
         describe(model, images(1, (48, 48)), transformers.TimmWrapperImageProcessor({**cfg, "crop_mode": "squash"}))
+
+
+def test_the_script_exports_an_adapter_with_classes_of_its_own(tmp_path, monkeypatch, capsys):
+    BACKBONES["vit"].build(num_hidden_layers=1).save_pretrained(tmp_path / "backbone")
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 48})
+    processor.save_pretrained(tmp_path / "backbone")
+    base = ViTForImageClassification.from_pretrained(tmp_path / "backbone")
+    config = VPTConfig(num_virtual_tokens=2, init_weights=False, label_names=["ape", "bee", "cat"])
+    model = get_peft_model(base, config)
+    model.save_pretrained(tmp_path / "adapter")
+    output = tmp_path / "new" / "classifier.pt2"
+    script = Path(__file__).parents[1] / "scripts" / "export.py"
+    command = [str(script), str(tmp_path / "adapter"), "--output", str(output), "--format", "torch"]
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out.endswith("MB, for 32 × 48 pixels and 3 classes.\n")
+    about = {"class_names": "", "preprocessing": ""}
+    program = torch.export.load(output, extra_files=about).module()
+    torch.testing.assert_close(program(images(3)), logits_of(model, images(3)), rtol=0, atol=1e-5)
+    assert json.loads(about["class_names"]) == ["ape", "bee", "cat"]
+    assert json.loads(about["preprocessing"])["image_mean"] == [0.5] * 3
 
 
 def train_a_step(model):

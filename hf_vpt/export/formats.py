@@ -15,7 +15,7 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .description import describe
-from .recording import record
+from .recording import check_exportable, record
 
 
 # Beyond this, PyTorch's exporter puts the weights into a second file: one of ONNX ends at 2 GiB.
@@ -72,6 +72,7 @@ def export_onnx(
             f"Found a model of {size / 1e9:.1f} GB in float32. One ONNX file holds up to {LARGEST_ONNX / 1e9:.1f} GB. "
             "Use `export_program`, or a smaller backbone."
         )
+    check_exportable(model)
     about = describe(model, example, processor)
     recording = record(model, example, options)
     with _draft_of(path) as draft:
@@ -114,6 +115,7 @@ def export_program(
         >>> logits = torch.export.load("classifier.pt2", extra_files=about).module()(pixel_values)
         >>> names = json.loads(about["class_names"])
     """
+    check_exportable(model)
     about = describe(model, example, processor)
     recording = record(model, example, options)
     with _draft_of(path) as draft:

@@ -68,6 +68,27 @@ class Recording:
                 )
 
 
+def check_exportable(model: nn.Module) -> None:
+    """Raise `ValueError` if a model takes more than an image, gives no logits or is quantised."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name, arguments = type(base).__name__, inspect.signature(base.forward).parameters
+    if getattr(base, "is_quantized", False):
+        raise ValueError(
+            f"Found a quantised {name}. Other programs do not know its numbers, which the file must be made of. Load "
+            "the backbone without quantization, and the adapter into it."
+        )
+    if "spatial_shapes" in arguments:
+        raise ValueError(
+            f"Found a {name}, which takes patches, their mask and each image's grid. The file's only input are "
+            "images. Use a backbone that takes them, such as SigLIP."
+        )
+    if "labels" not in arguments:
+        raise ValueError(
+            f"Found a {name}, which knows no classes. The file's output are the logits of a classifier. Load the "
+            "backbone with `AutoModelForImageClassification`."
+        )
+
+
 def record(model: nn.Module, example: torch.Tensor, options: dict[str, Any]) -> Recording:
     """Record a classifier's operations in evaluation mode, from a copy: the model stays as it is.
 
@@ -75,11 +96,7 @@ def record(model: nn.Module, example: torch.Tensor, options: dict[str, Any]) -> 
         model: A `PeftModel` with the adapters that are active, a baked or a plain model.
         example: Pixel values `(B, 3, height, width)`.
         options: More arguments of the model's `forward`.
-
-    Raises:
-        ValueError: The model takes more than an image, gives no logits or is quantised.
     """
-    _check(model)
     module = Logits(copy.deepcopy(model).to("cpu", torch.float32), options).eval()
     example = example.detach().to("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -105,23 +122,3 @@ def _simplify(model: nn.Module) -> nn.Module:
         if isinstance(config, PreTrainedConfig) and config._attn_implementation not in (None, "eager"):
             config._attn_implementation = UNMASKED_ATTENTION
     return model
-
-
-def _check(model: nn.Module) -> None:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    name, arguments = type(base).__name__, inspect.signature(base.forward).parameters
-    if getattr(base, "is_quantized", False):
-        raise ValueError(
-            f"Found a quantised {name}. Other programs do not know its numbers, which the file must be made of. Load "
-            "the backbone without quantization, and the adapter into it."
-        )
-    if "spatial_shapes" in arguments:
-        raise ValueError(
-            f"Found a {name}, which takes patches, their mask and each image's grid. The file's only input are "
-            "images. Use a backbone that takes them, such as SigLIP."
-        )
-    if "labels" not in arguments:
-        raise ValueError(
-            f"Found a {name}, which knows no classes. The file's output are the logits of a classifier. Load the "
-            "backbone with `AutoModelForImageClassification`."
-        )
