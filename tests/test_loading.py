@@ -45,6 +45,17 @@ def test_a_loaded_adapter_has_its_head_its_names_and_its_processor(adapter, base
     assert dict(processor.size) == {"height": 32, "width": 48}
 
 
+def test_loading_says_nothing_of_the_head_that_the_backbone_does_not_have(base, tmp_path, caplog):
+    train(base, tmp_path)
+    (tmp_path / "base").mkdir()
+    model = BACKBONES["vit"].build(num_labels=2).vit
+    model.save_pretrained(tmp_path / "base")
+    shutil.copy(f"{base}/preprocessor_config.json", tmp_path / "base")
+    caplog.clear()
+    load_image_classifier(tmp_path, base_model=str(tmp_path / "base"))
+    assert not caplog.records
+
+
 def test_the_processor_beside_the_adapter_comes_before_that_of_the_backbone(base, tmp_path):
     train(base, tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 48}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)

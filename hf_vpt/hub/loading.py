@@ -136,12 +136,16 @@ def _fetch_adapter(
 def _without_load_report() -> Iterator[None]:
     """Keeps Transformers from reporting that a backbone has no head, or another one: the adapter has its own."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    # Not by the logger's level, which other messages depend on.
+    logger.addFilter(_is_no_load_report)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_no_load_report)
+
+
+def _is_no_load_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def _read_config(folder: Path) -> PeftConfig:
