@@ -97,6 +97,14 @@ def test_every_method_is_exported_to_onnx(adapter, tmp_path):
     path = export_onnx(model, tmp_path / "model.onnx", images(2))
     assert_same_function(path, model)
     assert list(tmp_path.iterdir()) == [path]
+    assert_no_paths(path)
+
+
+def assert_no_paths(path):
+    """The exporter writes down where each line of Python code lies, user names and all."""
+    content = path.read_bytes()
+    for module in (torch, recording):
+        assert str(Path(module.__file__).parent).encode() not in content
 
 
 @pytest.mark.parametrize(
@@ -147,6 +155,7 @@ def test_a_program_of_torch_runs_any_number_of_images_and_knows_its_classes(adap
         torch.testing.assert_close(program(images(number)), expected, rtol=0, atol=1e-5)
     assert json.loads(about["class_names"]) == NAMES
     assert list(tmp_path.iterdir()) == [path]
+    assert_no_paths(path)
 
 
 SQUEEZE = {"size": {"height": 32, "width": 48}}
