@@ -42,6 +42,8 @@ def load_classifier_config(
     if label_names is not None:
         id2label = dict(enumerate(label_names))
         labels = {"id2label": id2label, "label2id": {label: number for number, label in id2label.items()}}
+    # Said, because Transformers would ask on the console whether to run a repository's code.
+    labels["trust_remote_code"] = False
     config = AutoConfig.from_pretrained(resolve_model_path(name), revision=revision, **labels, **download)
     if config.model_type != "vit_mae":
         return config
@@ -59,7 +61,12 @@ def load_backbone(name: str, config: PreTrainedConfig, revision: str | None = No
         kwargs: Further arguments of `AutoModelForImageClassification.from_pretrained`.
     """
     model = AutoModelForImageClassification.from_pretrained(
-        resolve_model_path(name), config=config, revision=revision, ignore_mismatched_sizes=True, **kwargs
+        resolve_model_path(name),
+        config=config,
+        revision=revision,
+        ignore_mismatched_sizes=True,
+        trust_remote_code=False,
+        **kwargs,
     )
     # Adapters record it, so that they find the same backbone again.
     model.config._commit_hash = _loaded_commit(name, revision)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import http.client
+import io
 import itertools
 import json
 import urllib.request
@@ -24,6 +26,7 @@ PredictionFormat = Literal["text", "jsonl", "csv"]
 
 MAX_DOWNLOAD_BYTES = 64 << 20
 DOWNLOAD_TIMEOUT = 30.0
+_ADDRESS = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ def find_images(names: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
-        if name.startswith(("http://", "https://")) or Path(name).is_file():
+        if name.startswith(_ADDRESS) or Path(name).is_file():
             found.append(name)
             continue
-        endings = Image.registered_extensions()
-        inside = sorted(path for path in Path(name).rglob("*") if path.suffix.lower() in endings and path.is_file())
+        kinds = Image.registered_extensions()
+        files = sorted(path for path in Path(name).rglob("*") if kinds.get(path.suffix.lower()) in _formats())
+        inside = [path for path in files if path.is_file()]
         if not inside:
             what = "a folder without images" if Path(name).is_dir() else "neither a file nor a folder"
             raise FileNotFoundError(
@@ -81,6 +85,8 @@ def predict_images(
         if value < 1:
             raise ValueError(f"{name} is {value}. It must be at least 1: correct it.")
     names = model.config.id2label
+    # As pipelines do: several right classes, or one, do not share their probability.
+    is_apart = model.config.problem_type == "multi_label_classification" or len(names) == 1
     device = next(model.parameters()).device
     for start in range(0, len(images), batch_size):
         read = [_read(image) for image in images[start : start + batch_size]]
@@ -92,8 +98,9 @@ def predict_images(
         scores = [
             row
             for _, group in by_shape
-            for row in model(pixel_values=torch.cat(list(group)).to(device)).logits.float().softmax(dim=-1)
+            for row in model(pixel_values=torch.cat(list(group)).to(device)).logits.float()
         ]
+        scores = [row.sigmoid() if is_apart else row.softmax(dim=-1) for row in scores]
         rows = iter(scores)
         for image, content in zip(images[start : start + batch_size], read, strict=True):
             if isinstance(content, str):
@@ -129,8 +136,10 @@ def write_predictions(predictions: Iterable[Prediction], stream: TextIO, form: P
             if prediction.error is not None:
                 table.writerow([prediction.image, "", "", "", prediction.error])
         else:
-            said = ", ".join(f"{label} {score:.1%}" for label, score in prediction.classes)
-            stream.write(f"{prediction.image}: {said or prediction.error}\n")
+            said = ", ".join(f"{label} {score:.1%}" for label, score in prediction.classes) or prediction.error
+            # Names of classes come from whoever made the adapter; a console obeys some characters.
+            line = "".join(letter if letter.isprintable() else "?" for letter in f"{prediction.image}: {said}")
+            stream.write(f"{line}\n")
         stream.flush()
     return broken
 
@@ -138,13 +147,23 @@ def write_predictions(predictions: Iterable[Prediction], stream: TextIO, form: P
 def _read(image: str) -> Image.Image | str:
     """The image in RGB, upright; or, where it cannot be read, why."""
     try:
-        if image.startswith(("http://", "https://")):
-            return decode_to_rgb({"bytes": _download(image), "path": None})
-        return decode_to_rgb(image)
+        content = io.BytesIO(_download(image)) if image.startswith(_ADDRESS) else Path(image)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return f"cannot be fetched ({error})"
+    try:
+        with Image.open(content, formats=_formats()) as opened:
+            opened.load()
+            return decode_to_rgb(opened)
     except BrokenImageError as error:
         return f"cannot be read ({error.__cause__})"
-    except (OSError, ValueError) as error:
-        return f"cannot be fetched ({error})"
+    except Exception as error:  # Pillow's readers raise whatever comes to mind
+        return f"cannot be read ({error})"
+
+
+def _formats() -> list[str]:
+    """What Pillow can read, but for PostScript, for which it would start another program."""
+    Image.init()
+    return sorted(Image.OPEN.keys() - {"EPS"})
 
 
 def _download(address: str) -> bytes:

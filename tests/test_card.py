@@ -1,6 +1,7 @@
 """The model card says what an adapter is, how good it is, and how to use it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_a_card_keeps_its_licence_and_names_a_base_model_of_the_hub_but_no_folde
         assert data.license == "mit"
         assert (data.base_model == base) is known
         assert ("base_model:adapter:google/vit-base" in data.tags) is known
-        assert str(tmp_path.parent) not in text and "revision `abc123`" in text
+        assert str(tmp_path.parent) not in text and "revision abc123" in text
 
 
 def test_a_card_of_somebodys_own_is_left_alone(tmp_path):
@@ -140,3 +141,22 @@ def test_the_distribution_of_prompts_is_drawn(tmp_path):
     rounds = [{"distribution": [2, 2, 2]}, {"distribution": [1, 2, 3]}]
     plot_prompt_distribution(rounds, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_from_elsewhere_are_text_and_nothing_else(tmp_path):
+    names = ["<script>x</script>", "a\n# heading", "[link](http://x)", "`code`", "\x1b[31m", "long" * 100]
+    save(tmp_path, label_names=names)
+    text = (tmp_path / "README.md").read_text()
+    assert "<script>" not in text and "\n# heading" not in text and "[link]" not in text and "\x1b" not in text
+    assert "\\<script\\>" in text and "long" * 26 not in text
+
+
+def test_files_of_others_beside_an_adapter_stop_no_saving(tmp_path):
+    (tmp_path / METRICS_FILE).write_text('{"accuracy": 1}')
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe# Not UTF-8\n")
+    update_model_card(tmp_path / "adapter")
+    save(tmp_path / "adapter")
+    assert (tmp_path / "README.md").read_bytes().startswith(b"\xff\xfe")
+    shutil.copy(tmp_path / METRICS_FILE, tmp_path / "adapter")
+    write_model_card(tmp_path / "adapter")
+    assert "## Scores" not in (tmp_path / "adapter" / "README.md").read_text()

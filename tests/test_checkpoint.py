@@ -187,6 +187,31 @@ def test_a_file_with_weights_of_the_backbone_or_strange_numbers_is_refused(adapt
         PeftModel.from_pretrained(fresh_base(), tmp_path)
 
 
+@pytest.mark.parametrize("wrapped", ["modules_to_save.good", "original_module"])
+def test_a_file_does_not_reach_into_other_adapters_or_the_base_models_head(wrapped, adapter, tmp_path):
+    wrap(adapter).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = f"base_model.model.classifier.{wrapped}.weight"
+    save_file(tensors | {key: torch.full((5, 16), 7.0)}, tmp_path / WEIGHTS)
+    model = get_peft_model(fresh_base(), adapter.config(), adapter_name="good")
+    with pytest.raises(ValueError, match="neither prompts nor listed in modules_to_save"):
+        model.load_adapter(tmp_path, "evil")
+    assert list(model.peft_config) == ["good"]
+    with pytest.raises(ValueError, match="neither prompts nor listed in modules_to_save"):
+        other = key.replace(".good.", ".other.")
+        own = get_peft_model_state_dict(model, adapter_name="good")
+        set_peft_model_state_dict(model, {**own, other: torch.full((5, 16), 7.0)}, "good")
+
+
+@pytest.mark.parametrize("name", ["token_dim", "num_layers"])
+def test_a_config_that_weights_cannot_be_compared_with_is_refused(name, adapter, tmp_path):
+    wrap(adapter).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {name: None, "num_virtual_tokens": 10**6, "depths": None}))
+    with pytest.raises(ValueError, match=f"{name}=None.* filled in before an adapter is saved"):
+        PeftModel.from_pretrained(fresh_base(), tmp_path)
+
+
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(adapter, tmp_path, monkeypatch):
     wrap(adapter).save_pretrained(tmp_path)
     monkeypatch.setattr("hf_vpt.tuners.base.checkpoint.MAX_WEIGHTS_BYTES", 100)

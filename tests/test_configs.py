@@ -33,6 +33,7 @@ BAD = {
         "layers_to_transform": [[], [1, 1], "all", 1.5, [0.0], ["0"], [True], True, {"0": 1}],
         "modules_to_save": [1, [1], [None], True, {"head": 1}],
         "label_names": [[], [1], 2, [None], True, {"cat": 1}],
+        "problem_type": [value for value in CHOICES if value is not None],
         "init_weights": FLAGS,
         "pool_prompts": FLAGS,
         "target_modules": [["layers.0"], 1, True],

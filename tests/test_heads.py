@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import ADAPTERS, BACKBONES, output_of
 from peft import AutoPeftModel, PeftConfig, PeftModel, get_peft_model
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 
 from hf_vpt import VPTConfig
+from hf_vpt.backbones import find_backbone
+from hf_vpt.tuners.base.head import linear_heads
 
 
 ANIMALS = ["ape", "bee", "cat", "dog", "emu"]
@@ -177,7 +180,7 @@ def test_switching_takes_no_longer_with_more_adapters(adapter):
     assert counts[11] == counts[1]
 
 
-def test_what_was_made_trainable_beside_the_active_adapter_is_frozen_by_a_switch():
+def test_prompts_that_were_made_trainable_beside_the_active_adapter_are_frozen_by_a_switch():
     model = two_tasks()
     model.set_requires_grad("shapes", True)
     model.set_adapter("default")
@@ -185,3 +188,53 @@ def test_what_was_made_trainable_beside_the_active_adapter_is_frozen_by_a_switch
     assert trained and not any("_prompts.shapes" in name for name in trained)
     model.set_adapter("shapes", inference_mode=True)
     assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "_prompts" in name)
+
+
+def test_a_new_adapter_takes_the_base_models_classes_whichever_adapter_is_active():
+    model = get_peft_model(vit(), VPTConfig(label_names=["v", "w", "x", "y", "z"]))
+    model.add_adapter("second", VPTConfig())
+    assert model.peft_config["second"].label_names == ANIMALS
+    model = get_peft_model(vit(), VPTConfig(label_names=SHAPES))
+    model.add_adapter("second", VPTConfig())
+    assert model.peft_config["second"].label_names == ANIMALS
+
+
+def test_the_kind_of_problem_is_saved_and_follows_the_active_adapter(tmp_path, pixel_values):
+    base = vit()
+    base.config.problem_type = "multi_label_classification"
+    model = get_peft_model(base, VPTConfig())
+    model.add_adapter("one", VPTConfig(label_names=["score"], problem_type="regression"))
+    model.add_adapter("shapes", VPTConfig(label_names=SHAPES, problem_type="single_label_classification"))
+    assert model.peft_config["default"].problem_type == "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(vit(), tmp_path)
+    assert loaded.config.problem_type == "multi_label_classification"
+    for name in ("one", "shapes"):
+        loaded.load_adapter(tmp_path / name, name)
+    labels = {"default": torch.ones(4, 5), "one": torch.ones(4), "shapes": torch.zeros(4, dtype=torch.long)}
+    for name in ("one", "shapes", "default"):
+        loaded.set_adapter(name)
+        output = loaded(pixel_values=pixel_values, labels=labels[name])
+        assert output.loss.isfinite() and output.logits.shape[1] == loaded.config.num_labels
+    assert loaded.unload().config.problem_type is None
+
+
+def test_both_heads_of_a_distilled_model_are_found_in_the_order_of_its_record():
+    """In the order of a set, which another process has otherwise, one seed would draw other heads."""
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(**settings, num_labels=5))
+    backbone = find_backbone(model)
+    config = VPTConfig(modules_to_save=list(reversed(backbone.heads)))
+    assert len(backbone.heads) == 2
+    assert tuple(linear_heads(config, backbone, model)) == backbone.heads
+    wrapped = get_peft_model(model, VPTConfig(label_names=SHAPES)).eval()
+    assert wrapped(pixel_values=torch.randn(2, 3, 224, 224)).logits.shape == (2, 3)
+
+
+def test_an_adapter_that_is_not_there_is_not_made_active(pixel_values):
+    model = two_tasks()
+    expected = output_of(model, pixel_values)
+    for names in ("typo", ["default", "typo"]):
+        with pytest.raises(ValueError, match="Found no adapter called 'typo'.*'default', 'shapes'"):
+            model.base_model.set_adapter(names)
+    assert torch.equal(output_of(model, pixel_values), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def rebase(repository: str, base: str) -> None:
     )
 
 
+def replace_by_pickle(repository: str) -> None:
+    HfApi().upload_file(path_or_fileobj=b"pickle", path_in_repo="adapter_model.bin", repo_id=repository)
+    HfApi().delete_file("adapter_model.safetensors", repository)
+
+
+def use_offline(repository: str) -> tuple[list[str], torch.Tensor, dict]:
+    with mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True):
+        return use(repository)
+
+
 def is_cached(repository: str, name: str) -> bool:
     return isinstance(try_to_load_from_cache(repository, name), str)
 
@@ -252,6 +263,22 @@ def test_an_adapter_from_the_hub_does_not_choose_a_folder_of_this_machine(hub, s
     assert repository.find("main").files["adapter_config.json"].data.count(b"base_model_name_or_path") == 1
     message = receiver(error, use, "user/folder")
     assert f"the folder '{tmp_path / 'base'}' as base model in an adapter from the Hub" in message
+
+
+def test_an_adapter_that_was_fetched_once_loads_without_the_hub(hub, sender, receiver):
+    _, output = sender(push, "user/offline")
+    assert torch.equal(receiver(use, "user/offline")[1], output)
+    del hub.requests[:]
+    assert torch.equal(receiver(use_offline, "user/offline")[1], output)
+    assert not hub.requests
+    assert "Found no copy of adapter_config.json" in receiver(error, use_offline, "user/never-fetched")
+
+
+def test_pefts_loader_refuses_a_repository_of_pickles(sender, receiver):
+    sender(push, "user/pickles")
+    sender(replace_by_pickle, "user/pickles")
+    assert "No pickle is loaded" in receiver(error, use_with_peft, "user/pickles")
+    assert "pickles are not loaded" in receiver(error, use, "user/pickles")
 
 
 @pytest.mark.parametrize("route", ["preupload", "upload", "commit"])

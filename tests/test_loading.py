@@ -169,7 +169,8 @@ def test_a_backbone_of_pickles_is_refused(tmp_path):
         load_image_classifier(tmp_path / "adapter")
 
 
-def test_code_in_a_repository_is_not_run(base, tmp_path):
+def test_code_in_a_repository_is_not_run(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # Transformers asks, unless it is told
     train(base, tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 48}).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -186,6 +187,7 @@ def test_what_would_fill_the_memory_is_refused(base, tmp_path, monkeypatch):
     ViTImageProcessor(size={"height": 90_000, "width": 90_000}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="images of 90,000 pixels a side. At most 4,096"):
         load_image_classifier(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"num_layers": 10**9}))
     with pytest.raises(ValueError, match="num_layers is 1000000000. It must be at most 4,096"):
@@ -203,3 +205,57 @@ def test_a_subfolder_does_not_lead_out_of_the_repository(subfolder, base, tmp_pa
     train(base, tmp_path)
     with pytest.raises(ValueError, match="leads out of the repository"):
         load_image_classifier(tmp_path, subfolder=subfolder)
+
+
+def test_a_base_model_that_is_itself_an_adapter_is_refused(base, tmp_path):
+    nested = shutil.copytree(base, tmp_path / "nested")
+    train(base, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "adapter_config.json", nested)
+    train(base, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    changed = config | {"base_model_name_or_path": str(nested)}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="adapter_config.json in the base model .* adapter of another model"):
+        load_image_classifier(tmp_path / "adapter")
+
+
+def test_an_adapter_that_fails_leaves_the_model_it_was_for_as_it_was(base, tmp_path, pixel_values):
+    train(base, tmp_path / "good")
+    train(base, tmp_path / "bad", num_virtual_tokens=3)
+    (tmp_path / "bad" / "preprocessor_config.json").write_text('{"image_processor_type": "Nothing"}')
+    model, _ = load_image_classifier(tmp_path / "good")
+    expected = output_of(model, pixel_values)
+    with pytest.raises(ValueError, match="(?i)image processor"):
+        load_image_classifier(tmp_path / "bad", into=model, adapter_name="bad")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(output_of(model, pixel_values), expected)
+    with pytest.raises(ValueError, match="Found dtype together with `into`"):
+        load_image_classifier(tmp_path / "good", into=model, adapter_name="b", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="names have no dots"):
+        load_image_classifier(tmp_path / "good", into=model, adapter_name="v1.0")
+
+
+@pytest.mark.parametrize("content", ['["a"]', '{"1": "a"}', "{", "[" * 100_000, b"\xff\xfe", "7"])
+def test_nonsense_in_files_of_names_is_an_error_that_names_the_file(content, tmp_path):
+    (tmp_path / "id2label.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match="id2label.json that does not hold names of classes"):
+        loading.read_label_names(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"base_model_name_or_path": 3}, {"peft_type": "XLORA"}, {"peft_type": "NEW"}])
+def test_other_configurations_are_refused(change, base, tmp_path):
+    train(base, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises((ValueError, TypeError), match="is no configuration of an adapter|base_model_name_or_path"):
+        load_image_classifier(tmp_path)
+
+
+def test_padding_counts_as_a_size_too(base, tmp_path):
+    train(base, tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 48}).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    settings |= {"do_pad": True, "pad_size": {"height": 9000, "width": 9000}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="images of 9,000 pixels"):
+        load_image_classifier(tmp_path)

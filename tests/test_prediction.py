@@ -93,6 +93,8 @@ def test_images_come_from_the_web_up_to_a_size(folder, classifier, monkeypatch):
         monkeypatch.setattr(prediction, "MAX_DOWNLOAD_BYTES", 100)
         (large,) = predict_images(*classifier, [f"{address}/a.png"])
         server.shutdown()
+        (spaces,) = predict_images(*classifier, ["http://127.0.0.1/a b.png"])
+    assert "cannot be fetched" in spaces.error
     assert there.classes == here.classes
     assert "404" in missing.error and "more than" in large.error
 
@@ -138,3 +140,32 @@ def test_the_script_classifies_and_its_status_tells_of_broken_images(folder, tmp
     assert done.returncode == 1 and "1 of 4 images could not be read." in done.stderr
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 4 and all(len(row["predictions"]) == 2 for row in rows[:3]) and "error" in rows[3]
+
+
+def test_postscript_is_not_handed_to_another_program(classifier, tmp_path):
+    (tmp_path / "drawing.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    (result,) = predict_images(*classifier, [str(tmp_path / "drawing.eps")])
+    assert "cannot identify image file" in result.error
+    with pytest.raises(FileNotFoundError, match="without images"):
+        find_images([str(tmp_path)])
+
+
+def test_several_right_classes_do_not_share_their_probability(folder, classifier):
+    model, processor = classifier
+    images = find_images([str(folder / "images" / "a.png")])
+    (single,) = predict_images(model, processor, images)
+    model.config.problem_type = "multi_label_classification"
+    try:
+        (several,) = predict_images(model, processor, images)
+    finally:
+        model.config.problem_type = None
+    with torch.no_grad():
+        logits = model(**processor(Image.open(images[0]).convert("RGB"), return_tensors="pt")).logits[0]
+    assert dict(several.classes) == pytest.approx(dict(zip(NAMES, logits.sigmoid().tolist())), abs=1e-5)
+    assert [label for label, _ in several.classes] == [label for label, _ in single.classes]
+
+
+def test_names_of_classes_do_not_command_the_console():
+    stream = io.StringIO()
+    write_predictions([Prediction("a.png", (("\x1b[2J", 1.0),))], stream)
+    assert stream.getvalue() == "a.png: ?[2J 100.0%\n"

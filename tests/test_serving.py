@@ -634,7 +634,7 @@ def script(tmp_path_factory):
     server = Server.__new__(Server)
     with socket.create_server(("127.0.0.1", 0)) as free:
         server.port = free.getsockname()[1]
-    command = [sys.executable, "scripts/serve.py", *words, f"--port={server.port}", "--body_timeout=1"]
+    command = [sys.executable, "scripts/serve.py", *words, f"--port={server.port}", "--body_timeout=5"]
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
         try:
             wait_until(lambda: process.poll() is not None or is_open(server.port), 180)

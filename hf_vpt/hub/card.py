@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -17,6 +20,7 @@ from ..demo import DEMO
 
 
 CARD_FILE = "README.md"
+UNNAMED = "user/name"
 METRICS_FILE = "metrics.json"
 # Pictures that are shown where they lie in the folder, and what they show.
 DISTRIBUTION_PICTURE, ATTENTION_PICTURE = "prompt_distribution.png", "attention.png"
@@ -25,23 +29,35 @@ PICTURES = {
     ATTENTION_PICTURE: "Mean attention on test images: the share that goes to prompts, and where the rest goes.",
 }
 MARK = "<!-- Written by hf_vpt. To keep changes of your own, remove this line. -->"
-# Cards that PEFT and Trainer write, and ours. Any other one is its author's.
-_AUTOMATIC = ("# Model Card for Model ID", "generated automatically according to the information the Trainer", MARK)
-_MOST_CLASSES = 50
+# Lines by which cards of PEFT, of Trainer and of ours are known. Any other card is its author's.
+_OF_PEFT = "# Model Card for Model ID"
+_OF_TRAINER = "<!-- This model card has been generated automatically"
+_MOST_CLASSES, _LONGEST_NAME = 50, 100
+# Among what `train_classifier` writes.
+_OF_A_RUN = {"test_accuracy", "test_mean_class_accuracy", "seed", "settings", "versions", "dataset_name"}
+_OF_A_RUN |= {"dataset_variant", "dataset_fingerprint", "num_images", "train_on_validation", "global_batch_size"}
 
 
-def update_model_card(folder: str | Path) -> None:
+def update_model_card(folder: str | Path, repository: str | None = None, license: str | None = None) -> None:
     """Replace the card that PEFT or Trainer wrote for an adapter, or for the repository around it, by one that tells.
 
     Args:
         folder: Folder of an adapter.
+        repository: See `write_model_card`.
+        license: See `write_model_card`.
     """
-    for place in (Path(folder), Path(folder).parent):
-        card = place / CARD_FILE
-        if card.is_file():
-            if any(sign in card.read_text(encoding="utf-8") for sign in _AUTOMATIC):
-                write_model_card(place)
-            return
+    folder = Path(folder)
+    if (folder / CARD_FILE).is_file():
+        if _is_automatic(folder / CARD_FILE):
+            write_model_card(folder, repository, license)
+    # PEFT writes one card for all adapters of a model, which lie in folders below it.
+    elif (folder.parent / CARD_FILE).is_file() and _is_automatic(folder.parent / CARD_FILE):
+        write_model_card(folder.parent, repository, license)
+
+
+def _is_automatic(card: Path) -> bool:
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.strip() in (_OF_PEFT, MARK) or line.startswith(_OF_TRAINER) for line in lines)
 
 
 def write_model_card(folder: str | Path, repository: str | None = None, license: str | None = None) -> None:
@@ -66,7 +82,9 @@ def write_model_card(folder: str | Path, repository: str | None = None, license:
     if not configs:
         return
     config, metrics = configs[0], _read(folder / METRICS_FILE)
-    name = repository or "user/name"
+    if not isinstance(metrics, dict) or not metrics.keys() >= _OF_A_RUN:
+        metrics = {}  # of somebody else's
+    name = repository or UNNAMED
     metadata = _metadata(config, metrics, name, license or "unknown")
     if places:
         sections = [f"# {_title(config, metrics)}", _summary(config, folder), _usage(name), _scores(metrics)]
@@ -94,7 +112,7 @@ def _method(config: Mapping[str, Any]) -> tuple[str, str | None]:
 
 def _base_of(config: Mapping[str, Any]) -> str:
     name = config.get("base_model_name_or_path") or "a vision transformer"
-    return "the demo backbone of hf_vpt" if name == DEMO else _short(name)
+    return "the demo backbone of hf_vpt" if name == DEMO else _plain(_short(name))
 
 
 def _short(name: str) -> str:
@@ -103,7 +121,17 @@ def _short(name: str) -> str:
 
 
 def _is_hub_id(name: str | None) -> bool:
-    return bool(name) and name != DEMO and not Path(name).exists() and 1 <= len(Path(name).parts) <= 2
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return bool(name) and name != DEMO and not Path(name).exists()
+
+
+def _plain(text: str) -> str:
+    """One line of text that Markdown and HTML take for nothing else."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)[:_LONGEST_NAME]
+    return re.sub(r"([\\`*{}\[\]()<>#|~&$]|\b_|_\b)", r"\\\1", text)
 
 
 def _title(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
@@ -147,7 +175,7 @@ def _summary(config: Mapping[str, Any], folder: Path) -> str:
     title, paper = _method(config)
     source = f" ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else ""
     classes = f" to tell {len(config['label_names'])} classes apart" if config.get("label_names") else ""
-    revision = f", revision `{config['revision']}`" if config.get("revision") else ""
+    revision = f", revision {_plain(config['revision'])}" if config.get("revision") else ""
     lines = [f"Adapts {_base_of(config)}{revision}{classes}, by {title}{source}. The backbone stays as it is."]
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
@@ -164,13 +192,14 @@ def _summary(config: Mapping[str, Any], folder: Path) -> str:
 
 def _usage(name: str, subfolder: str | None = None) -> str:
     inside = f', subfolder="{subfolder}"' if subfolder else ""
+    comment = "  # the name of this repository, or its folder" if name == UNNAMED else ""
     return f"""## Use
 
 ```python
 import hf_vpt
 from transformers import pipeline
 
-model, processor = hf_vpt.load_image_classifier("{name}"{inside})
+model, processor = hf_vpt.load_image_classifier("{name}"{inside}){comment}
 classify = pipeline("image-classification", model=model, image_processor=processor)
 classify("photo.jpg")
 ```
@@ -234,7 +263,7 @@ def _classes(config: Mapping[str, Any]) -> str:
     if not names:
         return ""
     rest = f" and {len(names) - _MOST_CLASSES} more" if len(names) > _MOST_CLASSES else ""
-    return f"## Classes\n\n{', '.join(names[:_MOST_CLASSES])}{rest}"
+    return f"## Classes\n\n{', '.join(map(_plain, names[:_MOST_CLASSES]))}{rest}"
 
 
 def _pictures(folder: Path) -> str:

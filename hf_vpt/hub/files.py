@@ -23,7 +23,13 @@ MAX_JSON_BYTES = 16 << 20
 
 
 def fetch(
-    repository: str | os.PathLike, name: str, *, max_bytes: int, subfolder: str | None = None, **download: Any
+    repository: str | os.PathLike,
+    name: str,
+    *,
+    max_bytes: int,
+    subfolder: str | None = None,
+    optional: bool = False,
+    **download: Any,
 ) -> Path | None:
     """Return the path of a file in a folder or a Hub repository, downloaded if need be; None if there is none.
 
@@ -32,6 +38,7 @@ def fetch(
         name: Name of the file.
         max_bytes: Largest size in bytes that is fetched or returned.
         subfolder: Folder below the repository.
+        optional: Whether a file that is not on this machine counts as none where the Hub cannot be asked.
         download: Further arguments of `huggingface_hub.hf_hub_download`, such as `revision` and `token`.
 
     Raises:
@@ -52,16 +59,18 @@ def fetch(
             return None
         _check_size(file.stat().st_size, max_bytes, str(file))
         return file
-    return _download(os.fspath(repository), inside, max_bytes, **download)
+    return _download(os.fspath(repository), inside, max_bytes, optional, **download)
 
 
-def _download(repository: str, name: str, max_bytes: int, revision: str | None = None, **download: Any) -> Path | None:
+def _download(
+    repository: str, name: str, max_bytes: int, optional: bool, revision: str | None = None, **download: Any
+) -> Path | None:
     where = f"'{repository}'" + (f" at revision '{revision}'" if revision else "")
     try:
         found = hf_hub_download(repository, name, revision=revision, dry_run=True, **download)
         _check_size(found.file_size, max_bytes, f"{name} of {where}")
-        # Of the commit whose size it was.
-        return Path(hf_hub_download(repository, name, revision=found.commit_hash, **download))
+        # By the name that was asked for, so that the cache knows it when the Hub cannot be reached.
+        return Path(hf_hub_download(repository, name, revision=revision, **download))
     except RepositoryNotFoundError as error:  # gated ones too
         raise OSError(
             f"Found no {where}: there is no such folder here, and the Hub knows no such repository or does not show "
@@ -71,6 +80,8 @@ def _download(repository: str, name: str, max_bytes: int, revision: str | None =
     except RevisionNotFoundError as error:
         raise OSError(f"Found no {where}. A branch, a tag or a commit of it is needed: correct it.") from error
     except LocalEntryNotFoundError as error:
+        if optional:
+            return None
         raise OSError(
             f"Found no copy of {name} of {where} on this machine, and the Hub cannot be asked for it. The file is "
             "needed: connect to the network, unset HF_HUB_OFFLINE, or give a folder."

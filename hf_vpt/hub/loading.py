@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -18,11 +18,16 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from ..classifiers import load_backbone, load_classifier_config, resolve_model_path
 from ..demo import DEMO, demo_backbone_path
+from ..tuners.base import PromptConfig
 from .files import MAX_JSON_BYTES, MAX_WEIGHTS_BYTES, fetch
 
 
 LABELS_FILE = "id2label.json"
 MAX_IMAGE_SIDE = 4096
+MAX_CLASSES = 50_000
+# What reading files of somebody else's may raise. Errors of our own configurations say more, and are not among them.
+_NONSENSE = (KeyError, TypeError, AttributeError, RecursionError, OverflowError, UnicodeDecodeError)
+_NONSENSE += (json.JSONDecodeError,)
 
 
 def load_image_classifier(
@@ -34,25 +39,28 @@ def load_image_classifier(
     revision: str | None = None,
     subfolder: str | None = None,
     token: str | bool | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[PeftModel, BaseImageProcessor]:
     """Load an adapter with its backbone, its head, the names of its classes and its image processor.
 
-    What comes from a repository is data: weights are read from safetensors files alone, no code is run, sizes and
-    shapes are checked first. Of the adapter's repository, four files are fetched, of one commit.
+    What comes from a repository is data: weights are read from safetensors files alone, and no code is run. Of the
+    adapter's repository, four files are fetched, of one commit, and their sizes are looked at first. Names, shapes and
+    formats of prompts are compared with the configuration before any is read; a LoRA adapter's are PEFT's to check.
+    The base model is fetched whatever its size.
 
     Args:
         adapter: Folder or Hub id of the adapter.
         into: A model that this function has returned, for another adapter on the same backbone and of the same method;
-            it stays at the adapter that is active, and `set_adapter` or `adapter_names` choose.
-        adapter_name: What the model is to call the adapter.
+            it stays at the adapter that is active, and `set_adapter` or `adapter_names` choose. The model's backbone
+            stays as it is, so `base_model`, `dtype` and `attn_implementation` are not for this.
+        adapter_name: What the model is to call the adapter, without dots.
         base_model: Folder, Hub id or model to load it on. Default: the one that the adapter names, at the revision
             that it was trained on.
         revision: Branch, tag or commit of the adapter's repository.
         subfolder: Folder of the adapter in it, such as `"ema"`.
         token: Access token for the Hub. Default: the one that was stored at login.
-        dtype: Number format of the backbone. Prompts and head stay in float32.
+        dtype: Number format of the backbone and the head; prompts stay in float32. Default: float32.
         attn_implementation: Attention kernel. Default: the backbone's own choice.
 
     Returns:
@@ -70,26 +78,33 @@ def load_image_classifier(
     """
     from transformers.pipelines.base import SUPPORTED_PEFT_TASKS  # takes a second to import
 
+    if "." in adapter_name:
+        raise ValueError(f"Found adapter_name {adapter_name!r}. PyTorch's names have no dots: leave them out.")
     folder = _fetch_adapter(adapter, revision, subfolder, token)
     config = _read_config(folder)
-    # A prompt adapter knows the names of its classes and brings a head of its own size.
-    label_names = None if getattr(config, "label_names", None) else read_label_names(folder)
-    base_revision = config.revision if base_model is None else None
     if into is not None:
-        _check_fits_beside(config, adapter_name, into)
-        into.load_adapter(folder, adapter_name)
-        model = into.eval()
+        given = {"base_model": base_model, "dtype": dtype, "attn_implementation": attn_implementation}
+        _check_fits_beside(config, adapter_name, into, [name for name, value in given.items() if value is not None])
+        backbone, base_revision = into.get_base_model(), into.peft_config[into.active_adapters[0]].revision
     else:
+        base_revision = config.revision if base_model is None else None
         backbone = base_model or _named_backbone(config, is_local=Path(adapter).is_dir())
-        if isinstance(backbone, str):
-            base_config = load_classifier_config(backbone, label_names, base_revision, token=token)
-            kwargs = {"token": token, "dtype": dtype, "attn_implementation": attn_implementation}
-            with _without_load_report():
-                backbone = load_backbone(backbone, base_config, base_revision, use_safetensors=True, **kwargs)
-        model = PeftModel.from_pretrained(backbone, folder, adapter_name).eval()
+    # First of all, so that a bad one leaves the model as it was.
+    processor = _load_processor(folder, backbone, base_revision, token)
+    if into is not None:
+        into.load_adapter(folder, adapter_name)
+        return into.eval(), processor
+    if isinstance(backbone, str):
+        _refuse_nested_adapter(backbone, base_revision, token)
+        # A prompt adapter knows the names of its classes and brings a head of its own size.
+        label_names = None if isinstance(config, PromptConfig) and config.label_names else read_label_names(folder)
+        base_config = load_classifier_config(backbone, label_names, base_revision, token=token)
+        kwargs = {"token": token, "dtype": dtype or torch.float32, "attn_implementation": attn_implementation}
+        with _without_load_report():
+            backbone = load_backbone(backbone, base_config, base_revision, use_safetensors=True, **kwargs)
     # Pipelines complain of models whose class they do not find here.
     SUPPORTED_PEFT_TASKS.setdefault("image-classification", ["PeftModel"])
-    return model, _load_processor(folder, model, base_revision, token)
+    return PeftModel.from_pretrained(backbone, folder, adapter_name).eval(), processor
 
 
 def _fetch_adapter(
@@ -113,7 +128,7 @@ def _fetch_adapter(
             "with Transformers' AutoModelForImageClassification."
         )
     for name in (LABELS_FILE, IMAGE_PROCESSOR_NAME):
-        fetch(adapter, name, max_bytes=MAX_JSON_BYTES, revision=revision, **where)
+        fetch(adapter, name, max_bytes=MAX_JSON_BYTES, revision=revision, optional=True, **where)
     return config.parent
 
 
@@ -132,25 +147,57 @@ def _without_load_report() -> Iterator[None]:
 def _read_config(folder: Path) -> PeftConfig:
     try:
         config = PeftConfig.from_pretrained(folder)
-        if config.peft_type is None:
-            raise KeyError("peft_type")
-        if config.base_model_name_or_path == DEMO:
-            config.base_model_name_or_path = demo_backbone_path()
-        return config
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        if not isinstance(config, (PromptConfig, LoraConfig)):
+            raise KeyError(config.peft_type)
+        if not isinstance(config.base_model_name_or_path, str | None):
+            raise TypeError(config.base_model_name_or_path)
+    except _NONSENSE as error:
         raise ValueError(
-            f"Found {CONFIG_NAME} in {folder} that is no configuration of an adapter ({error!r}). A PEFT adapter of a "
-            "known method is needed: save the adapter again with `save_pretrained`."
+            f"Found {CONFIG_NAME} in {folder} that is no configuration of an adapter ({_brief(error)}). One of a "
+            "prompt method or of LoRA is needed: save the adapter again with `save_pretrained`."
         ) from error
+    if config.base_model_name_or_path == DEMO:
+        config.base_model_name_or_path = demo_backbone_path()
+    return config
 
 
 def read_label_names(folder: str | Path) -> list[str] | None:
-    """The names of the classes in a file beside an adapter, in the order of their numbers; None without the file."""
+    """The names of the classes in a file beside an adapter, in the order of their numbers; None without the file.
+
+    Raises:
+        ValueError: The file holds something else, or more than 50,000 names.
+    """
     file = Path(folder) / LABELS_FILE
     if not file.is_file():
         return None
-    names = json.loads(file.read_text(encoding="utf-8"))
-    return [names[str(number)] for number in range(len(names))]
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+        names = [str(names[str(number)]) for number in range(len(names))]
+    except _NONSENSE as error:
+        raise ValueError(
+            f"Found {file} that does not hold names of classes ({_brief(error)}). An object with the names under "
+            '"0", "1" and so on is needed: correct the file.'
+        ) from error
+    if len(names) > MAX_CLASSES:
+        raise ValueError(
+            f"Found {len(names):,} names of classes in {file}. At most {MAX_CLASSES:,} are taken: look at the file."
+        )
+    return names
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def _refuse_nested_adapter(backbone: str, revision: str | None, token: str | bool | None) -> None:
+    """Raises `ValueError` if a backbone is itself an adapter, for which Transformers would load one more model."""
+    where = {"revision": revision, "token": token}
+    name = resolve_model_path(backbone)
+    if fetch(name, CONFIG_NAME, max_bytes=MAX_JSON_BYTES, optional=True, **where) is not None:
+        raise ValueError(
+            f"Found {CONFIG_NAME} in the base model '{backbone}', which makes it an adapter of another model. A whole "
+            "model is needed: pass base_model=…, its folder or its id on the Hub."
+        )
 
 
 def _named_backbone(config: PeftConfig, is_local: bool) -> str:
@@ -177,8 +224,13 @@ def _named_backbone(config: PeftConfig, is_local: bool) -> str:
     return name
 
 
-def _check_fits_beside(config: PeftConfig, adapter_name: str, model: PeftModel) -> None:
+def _check_fits_beside(config: PeftConfig, adapter_name: str, model: PeftModel, given: list[str]) -> None:
     """Raises `ValueError` if an adapter cannot be one more of a model."""
+    if given:
+        raise ValueError(
+            f"Found {', '.join(given)} together with `into`. A model has its backbone already: leave it out, or load "
+            "the adapter into a model of its own."
+        )
     first = next(iter(model.peft_config.values()))
     found = None
     if adapter_name in model.peft_config:
@@ -197,15 +249,17 @@ def _check_fits_beside(config: PeftConfig, adapter_name: str, model: PeftModel) 
 
 
 def _load_processor(
-    folder: Path, model: PeftModel, base_revision: str | None, token: str | bool | None
+    folder: Path, backbone: str | PreTrainedModel, revision: str | None, token: str | bool | None
 ) -> BaseImageProcessor:
     if (folder / IMAGE_PROCESSOR_NAME).is_file():
-        processor = AutoImageProcessor.from_pretrained(folder)
+        source, where = folder, {}
     else:
-        backbone = resolve_model_path(model.get_base_model().name_or_path)
-        processor = AutoImageProcessor.from_pretrained(backbone, revision=base_revision, token=token)
-    settings = processor.to_dict()
-    sides = [side for field in ("size", "crop_size") for side in (settings.get(field) or {}).values() if side]
+        name = backbone if isinstance(backbone, str) else backbone.name_or_path
+        source, where = resolve_model_path(name), {"revision": revision, "token": token}
+    processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **where)
+    # Sizes to resize, to crop and to pad to.
+    sizes = [value for value in processor.to_dict().values() if isinstance(value, dict)]
+    sides = [side for size in sizes for side in size.values() if isinstance(side, int | float)]
     if max(sides, default=0) > MAX_IMAGE_SIDE:
         raise ValueError(
             f"Found an image processor that makes images of {max(sides):,} pixels a side. At most "

@@ -9,7 +9,9 @@ class Prediction(BaseModel):
     """A class and its probability."""
 
     label: str
-    score: float = Field(description="Softmax over the classes of the adapter.")
+    score: float = Field(
+        description="Probability: softmax over the adapter's classes, or a sigmoid where several may be right."
+    )
 
 
 class ImageSize(BaseModel):

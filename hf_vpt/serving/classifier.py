@@ -27,6 +27,7 @@ class ServedAdapter:
         source: Its Hub id, or the name of its folder.
         label_names: Name of each class.
         transform: Makes pixel values of its images.
+        is_apart: Whether several classes may be right at once, or there is only one.
     """
 
     name: str
@@ -34,6 +35,7 @@ class ServedAdapter:
     source: str
     label_names: list[str]
     transform: ImageTransform
+    is_apart: bool = False
 
 
 class Classifier:
@@ -71,12 +73,16 @@ class Classifier:
             config = model.peft_config[name]
             method = next((m for m, config_class in METHODS.items() if type(config) is config_class), "other")
             labels = label_names(model, name, num_classes)
+            several = getattr(config, "problem_type", None) == "multi_label_classification"
+            is_apart = several or len(labels) == 1
             source = _public_name((sources or {}).get(name, name))
-            self.adapters[name] = ServedAdapter(name, method, source, labels, transform)
+            self.adapters[name] = ServedAdapter(name, method, source, labels, transform, is_apart)
 
     @torch.inference_mode()
     def scores(self, adapter_names: Sequence[str], images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the softmax over the classes of its own adapter for each image.
+        """Return the scores of the classes of its own adapter for each image.
+
+        Softmax, or, where several classes may be right or there is only one, a sigmoid of each.
 
         Args:
             adapter_names: Adapter of each of B images.
@@ -93,7 +99,8 @@ class Classifier:
                 f"The model gave scores that are no numbers, in {self.dtype}. Finite ones are needed: serve it with "
                 "--dtype float32 or bfloat16."
             )
-        return [row.softmax(-1) for row in logits]
+        are_apart = [self.adapters[name].is_apart for name in adapter_names]
+        return [row.sigmoid() if apart else row.softmax(-1) for row, apart in zip(logits, are_apart, strict=True)]
 
     def _logits(self, adapter_names: Sequence[str], images: Sequence[torch.Tensor]) -> torch.Tensor:
         pixel_values = torch.stack(list(images)).to(self.device, self.dtype)

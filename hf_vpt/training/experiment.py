@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from transformers import TrainerState, enable_full_determinism, set_seed
 from transformers.utils import is_matplotlib_available, logging
@@ -38,6 +39,7 @@ from .trouble import PlateauWarning
 logger = logging.get_logger(__name__)
 
 TIMINGS_FILE = "timings.json"
+NUM_DRAWN_IMAGES = 8
 RECORDED_VERSIONS = ("hf_vpt", "torch", "torchvision", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -212,24 +214,29 @@ def build_trainer(
     return trainer, data
 
 
-def draw_adapter(trainer: ImageClassificationTrainer, images: Dataset) -> None:
+def draw_adapter(trainer: ImageClassificationTrainer, images: Dataset | IterableDataset) -> None:
     """Draw what the card of an adapter shows into the output folder, where matplotlib is installed.
 
-    Nothing of single images is published: attention is averaged over some of them.
+    Nothing of single images is published: attention is averaged over 8 of them. A picture that cannot be drawn is
+    left out, so that it does not stop what was trained from being published.
     """
     from ..plots import plot_attention, plot_prompt_distribution  # of reports, which read what runs write
 
     model, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    if not is_matplotlib_available() or not isinstance(model, PeftModel):
+    # Of a sharded model, one process alone cannot run a forward pass.
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not is_matplotlib_available() or not isinstance(model, PeftModel) or is_sharded:
         return
-    relocations = folder / RELOCATIONS_FILE
-    if relocations.is_file() and (rounds := json.loads(relocations.read_text(encoding="utf-8"))):
-        plot_prompt_distribution(rounds, folder / DISTRIBUTION_PICTURE)
-    batch = next(iter(trainer.get_test_dataloader(images)))
     try:
-        plot_attention(model, batch["pixel_values"].to(model.device), folder / ATTENTION_PICTURE)
-    except ValueError as error:
-        logger.info(f"No picture of attention: {error}")
+        relocations = folder / RELOCATIONS_FILE
+        if relocations.is_file() and (rounds := json.loads(relocations.read_text(encoding="utf-8"))):
+            plot_prompt_distribution(rounds, folder / DISTRIBUTION_PICTURE)
+        examples = list(itertools.islice(iter(images), NUM_DRAWN_IMAGES))
+        if len(examples) == NUM_DRAWN_IMAGES:
+            pixel_values = collate_images(examples)["pixel_values"].to(model.device)
+            plot_attention(model, pixel_values, folder / ATTENTION_PICTURE)
+    except Exception as error:
+        logger.warning(f"A picture for the model card is left out: {error}")
 
 
 def epoch_of_weights(state: TrainerState, best_is_loaded: bool) -> float:

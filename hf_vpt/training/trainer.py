@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..hub.card import CARD_FILE, write_model_card
+from ..hub.card import CARD_FILE, update_model_card
 from ..hub.loading import LABELS_FILE
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
 from .ema import EMA_FOLDER, ExponentialMovingAverage
@@ -272,12 +272,12 @@ class ImageClassificationTrainer(transformers.Trainer):
         return super().push_to_hub(*args, **kwargs)
 
     def create_model_card(self, *args, license: str | None = None, **kwargs) -> None:
-        """A card of an adapter says what lies in `output_dir`; of a whole model, what `Trainer` knows."""
+        """For an adapter, a card of what lies in `output_dir`, unless somebody has written one; else as `Trainer`."""
         license = license or self.args.hub_license
         if not isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             super().create_model_card(*args, license=license, **kwargs)
         elif self.is_world_process_zero():
-            write_model_card(self.args.output_dir, repository=self.hub_model_id, license=license)
+            update_model_card(self.args.output_dir, repository=self.hub_model_id, license=license)
 
     # Transformers saves a model's weights under the names of the original release (`vit.encoder.layer.0…`) where its
     # own code has newer ones (`vit.layers.0…`). Trainer loads a checkpoint by name and passes over what it does not

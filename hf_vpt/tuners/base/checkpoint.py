@@ -51,6 +51,12 @@ def verify_checkpoint(
     file = _weights_file(config, model_id, subfolder, **kwargs)
     if file is None:
         return {}
+    if config.token_dim is None or config.num_layers is None:
+        raise ValueError(
+            f"Found token_dim={config.token_dim} and num_layers={config.num_layers} in the configuration beside "
+            f"{file}. Both are filled in before an adapter is saved, and without them its weights cannot be checked. "
+            "Save the adapter again with `save_pretrained`."
+        )
     try:
         with safe_open(file, framework="pt") as weights:
             headers = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118 (no dict)
@@ -76,14 +82,20 @@ def _outline(key: str, header: Any, file: str) -> torch.Tensor:
     return torch.empty(header.get_shape(), dtype=dtype, device="meta")
 
 
-def verify_tensors(config: PromptConfig, tensors: dict[str, torch.Tensor], source: str = "the state dict") -> None:
-    """Refuses tensors, named as in an adapter file, that the config does not make or that are not finite."""
-    verify_outlines(config, tensors, source)
-    verify_values(config, tensors, source)
+def verify_tensors(config: PromptConfig, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+    """Refuses tensors, named as in the model, that the config does not make or that are not finite."""
+    # What PEFT adds to the names in a file. Those of other adapters, and of the base model's own head, stay strange.
+    own = f".modules_to_save.{adapter_name}."
+    tensors = {key.replace(own, ".", 1): tensor for key, tensor in tensors.items()}
+    verify_outlines(config, tensors, "the state dict")
+    verify_values(config, tensors, "the state dict")
 
 
 def verify_outlines(config: PromptConfig, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Refuses names, shapes and number formats of tensors that the config does not make; looks at no number."""
+    """Refuses names, shapes and number formats of tensors that the config does not make; looks at no number.
+
+    Names are those in an adapter file.
+    """
     names = config.modules_to_save or ()
     missing = [name for name in names if not any(_is_in(name, key) for key in tensors)]
     if missing:
@@ -139,8 +151,9 @@ def verify_values(config: PromptConfig, tensors: dict[str, torch.Tensor], source
 
 
 def _is_in(name: str, key: str) -> bool:
-    """Whether a tensor belongs to a module that is saved whole."""
-    return f".{name}." in f".{key}"
+    """Whether a tensor belongs to a module that is saved whole, and not to PEFT's wrapper around it."""
+    path, _, rest = f".{key}".partition(f".{name}.")
+    return bool(rest) and not {"modules_to_save", "original_module"} & set(f"{path}.{rest}".split("."))
 
 
 def _marker(config: PromptConfig) -> str:
@@ -151,7 +164,7 @@ def _marker(config: PromptConfig) -> str:
 def _is_prompt(config: PromptConfig, key: str) -> bool:
     path, marker, _ = key.partition(_marker(config))
     # A number for the block, and one for its stage where there are stages.
-    return bool(marker) and sum(part.isdigit() for part in path.split(".")) >= (1 if config.depths is None else 2)
+    return bool(marker) and sum(part.isdecimal() for part in path.split(".")) >= (1 if config.depths is None else 2)
 
 
 def _expected(config: PromptConfig) -> dict[int, nn.Module] | None:
@@ -181,13 +194,17 @@ def _weights_file(config: PromptConfig, model_id: str, subfolder: str | None, **
     if os.path.isfile(os.path.join(folder, WEIGHTS_NAME)) and not os.path.isfile(
         os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
     ):
-        raise ValueError(
-            f"Found {WEIGHTS_NAME} and no {SAFETENSORS_WEIGHTS_NAME} in {folder}. No pickle is loaded. Save the "
-            "adapter again with `save_pretrained`."
-        )
+        _refuse_pickle(folder)
     download, _, _ = config._split_kwargs(kwargs)
-    try:
-        file = fetch(model_id, SAFETENSORS_WEIGHTS_NAME, max_bytes=MAX_WEIGHTS_BYTES, subfolder=subfolder, **download)
-    except OSError:
-        return None
+    where = {"max_bytes": MAX_WEIGHTS_BYTES, "subfolder": subfolder, **download}
+    file = fetch(model_id, SAFETENSORS_WEIGHTS_NAME, **where)
+    if file is None and not os.path.isdir(folder) and fetch(model_id, WEIGHTS_NAME, **where) is not None:
+        _refuse_pickle(model_id)
     return None if file is None else str(file)
+
+
+def _refuse_pickle(where: str) -> None:
+    raise ValueError(
+        f"Found {WEIGHTS_NAME} and no {SAFETENSORS_WEIGHTS_NAME} in {where}. No pickle is loaded. Save the adapter "
+        "again with `save_pretrained`."
+    )

@@ -6,7 +6,7 @@ import itertools
 import os
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -17,6 +17,8 @@ from ...hub.card import update_model_card
 from .checkpoint import verify_checkpoint
 from .prompts import BlockLayout
 
+
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 # Configs come from the Hub, too: no number in one may keep a machine busy before anything is compared with weights.
 MAX_NUM_LAYERS = 4096
@@ -40,6 +42,8 @@ class PromptConfig(PeftConfig):
             itself; `[]` leaves it frozen and out of the file.
         label_names: Names of the classes of the adapter's head, in the order of its outputs. `None` takes those of the
             model's configuration. An adapter may know other and more classes than the model's own head.
+        problem_type: `"single_label_classification"`, `"multi_label_classification"` or `"regression"`, as in
+            Transformers; it decides on the loss of the model and on the scores of pipelines. `None` takes the model's.
         init_weights: `False` fills every tensor of the adapter with random numbers instead of the method's own
             initial values, so that tests see an adapter that changes the output.
         target_modules: Filled in from the backbone record; leave it `None`.
@@ -73,6 +77,9 @@ class PromptConfig(PeftConfig):
     label_names: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes; filled in from the model.", "filled_in": True}
     )
+    problem_type: str | None = field(
+        default=None, metadata={"help": "Kind of classification; filled in from the model.", "filled_in": True}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start from the method's own initial values."})
     target_modules: str | None = field(
         default=None, metadata={"help": "Filled in from the backbone record.", "filled_in": True}
@@ -102,6 +109,8 @@ class PromptConfig(PeftConfig):
             self.fail("hf_vpt_version", "a version such as '0.1.0' or None")
         if self.task_type is not None:
             self.fail("task_type", "None: PEFT has no task type for images")
+        if self.problem_type is not None:
+            self.check_choice("problem_type", ProblemType)
         self.check_int("num_virtual_tokens", low=1)
         self.check_bool("deep")
         self.check_bool("init_weights")
@@ -183,7 +192,7 @@ class PromptConfig(PeftConfig):
 
     def block_index(self, path: str) -> int:
         """Index of the block with that name, which ends in its number or in those of its stage and itself in it."""
-        numbers = [int(part) for part in path.split(".") if part.isdigit()]
+        numbers = [int(part) for part in path.split(".") if part.isdecimal()]
         return numbers[-1] if self.depths is None else sum(self.depths[: numbers[-2]]) + numbers[-1]
 
     def layout(self, index: int, position: int, **backbone: Any) -> BlockLayout:
@@ -199,7 +208,9 @@ class PromptConfig(PeftConfig):
 
     def fail(self, name: str, needed: str) -> None:
         """Raises the error that names a field, its value and what is allowed."""
-        raise ValueError(f"{type(self).__name__}.{name} is {getattr(self, name)!r}. It must be {needed}.")
+        found = repr(getattr(self, name))
+        found = found if len(found) <= 300 else f"{found[:300]}…"
+        raise ValueError(f"{type(self).__name__}.{name} is {found}. It must be {needed}.")
 
     def check_int(self, name: str, low: int, optional: bool = False) -> None:
         value = getattr(self, name)

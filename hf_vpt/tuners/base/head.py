@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,41 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...backbones import Backbone
 from .block import BASE_ADAPTER
 from .config import PromptConfig
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a head tells apart.
+
+    Args:
+        label_names: Names of the classes, in the order of the outputs; None where nobody knows them.
+        problem_type: Transformers' word for the loss; None leaves it to be found by the labels.
+    """
+
+    label_names: tuple[str, ...] | None
+    problem_type: str | None
+
+    @classmethod
+    def of_base(cls, model: nn.Module) -> Task:
+        """That of the base model's own head, whichever adapter is active."""
+        heads = [module for module in model.modules() if isinstance(module, TaskHead)]
+        if heads:
+            return heads[0].base_task
+        config = getattr(model, "config", None)
+        labels = getattr(config, "id2label", None) or {}
+        names = tuple(str(labels[number]) for number in range(len(labels))) if _counts_from_zero(labels) else None
+        return cls(names, getattr(config, "problem_type", None))
+
+    def show_in(self, config: PreTrainedConfig) -> None:
+        """Says so in a model's configuration, where losses and pipelines look."""
+        config.problem_type = self.problem_type
+        if self.label_names is not None:
+            config.id2label = dict(enumerate(self.label_names))  # num_labels follows from it
+            config.label2id = {name: number for number, name in enumerate(self.label_names)}
+
+
+def _counts_from_zero(labels: Mapping[int, str]) -> bool:
+    return set(labels) == set(range(len(labels)))
 
 
 class TaskHead(ModulesToSaveWrapper):
@@ -26,31 +62,27 @@ class TaskHead(ModulesToSaveWrapper):
         module_to_save: The base model's own head.
         adapter_name: The first adapter with a head of its own.
         config: The model's configuration.
-        label_names: Names of that adapter's classes; None where nobody knows them.
+        base: What the base model's own head tells apart.
+        task: What that adapter tells apart.
     """
 
-    def __init__(
-        self,
-        module_to_save: nn.Linear,
-        adapter_name: str,
-        config: PreTrainedConfig,
-        label_names: Sequence[str] | None,
-    ):
+    def __init__(self, module_to_save: nn.Linear, adapter_name: str, config: PreTrainedConfig, base: Task, task: Task):
         # Not PEFT's own constructor in between, which passes no arguments on.
-        AuxiliaryTrainingWrapper.__init__(self, module_to_save, adapter_name, config=config, label_names=label_names)
+        AuxiliaryTrainingWrapper.__init__(self, module_to_save, adapter_name, config=config, base=base, task=task)
 
-    def init_modules(self, adapter_name: str, config: PreTrainedConfig, **kwargs: Any) -> None:
+    def init_modules(self, adapter_name: str, config: PreTrainedConfig, base: Task, task: Task) -> None:
         super().init_modules(adapter_name)
         self._config = config
-        self._base_labels = dict(config.id2label)
-        self._label_names: dict[str, list[str]] = {}
+        self.base_task = base
+        self._tasks: dict[str, Task] = {}
 
-    def update(self, adapter_name: str, label_names: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def update(self, adapter_name: str, task: Task | None = None, **kwargs: Any) -> None:
         """Adds the head of an adapter; one that is there stays."""
-        if adapter_name not in self.modules_to_save and label_names is not None:
-            self._label_names[adapter_name] = list(label_names)
-            if len(label_names) != self.original_module.out_features:
-                self.modules_to_save[adapter_name] = self._make_head(len(label_names))
+        if adapter_name not in self.modules_to_save and task is not None:
+            self._tasks[adapter_name] = task
+            names = task.label_names
+            if names is not None and len(names) != self.original_module.out_features:
+                self.modules_to_save[adapter_name] = self._make_head(len(names))
         super().update(adapter_name)
 
     def _make_head(self, num_labels: int) -> nn.Linear:
@@ -64,31 +96,26 @@ class TaskHead(ModulesToSaveWrapper):
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         super().set_adapter(*args, **kwargs)
-        self._show_label_names()
+        self._show_task()
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._show_label_names()
+        self._show_task()
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         super().delete_adapter(adapter_name, new_active_adapters)
-        self._label_names.pop(adapter_name, None)
-        self._show_label_names()
+        self._tasks.pop(adapter_name, None)
+        self._show_task()
 
     def release(self) -> nn.Linear:
-        """The base model's head, and its own names of classes back in the model's configuration."""
-        self._name_classes(self._base_labels)
+        """The base model's head, with what the model's configuration says of it."""
+        self.base_task.show_in(self._config)
         return self.original_module
 
-    def _show_label_names(self) -> None:
+    def _show_task(self) -> None:
         active = [] if self.disable_adapters else self.active_adapters
-        names = self._label_names.get(active[0]) if active else None
-        self._name_classes(self._base_labels if names is None else dict(enumerate(names)))
-
-    def _name_classes(self, id2label: dict[int, str]) -> None:
-        if self._config.id2label != id2label:
-            self._config.id2label = dict(id2label)  # num_labels follows from it
-            self._config.label2id = {name: number for number, name in id2label.items()}
+        task = self._tasks.get(active[0]) if active else None
+        (task or self.base_task).show_in(self._config)
 
     def _mixed_batch_forward(
         self, input: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -122,7 +149,9 @@ def check_heads(heads: tuple[str, ...], model: nn.Module) -> None:
 def linear_heads(config: PromptConfig, backbone: Backbone, model: nn.Module) -> dict[str, nn.Module]:
     """The base model's own linear heads of which an adapter trains copies, by name."""
     heads = {}
-    for name in set(backbone.heads) & set(config.modules_to_save):
+    for name in backbone.heads:  # in their order, in which they are drawn
+        if name not in config.modules_to_save:
+            continue
         module = model.get_submodule(name)
         module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         if isinstance(module, nn.Linear):
@@ -130,16 +159,16 @@ def linear_heads(config: PromptConfig, backbone: Backbone, model: nn.Module) -> 
     return heads
 
 
-def complete_label_names(config: PromptConfig, heads: dict[str, nn.Module], model: nn.Module) -> None:
-    """Takes the names of the classes from the model, if it has as many as its head has outputs."""
+def complete_task(config: PromptConfig, heads: dict[str, nn.Module], model: nn.Module) -> None:
+    """Takes names of classes, if there are as many as the head has outputs, and the kind of problem from the model."""
+    base = Task.of_base(model)
     if config.label_names is not None:
         if not heads and not config.saved_shapes:
             config.fail("label_names", "None: no linear head is trained, whose classes they would be")
-        return
-    own = getattr(getattr(model, "config", None), "id2label", None) or {}
-    sizes = {head.out_features for head in heads.values()}
-    if sizes == {len(own)} and own.keys() == set(range(len(own))):
-        config.label_names = [str(own[number]) for number in range(len(own))]
+    elif base.label_names and {head.out_features for head in heads.values()} == {len(base.label_names)}:
+        config.label_names = list(base.label_names)
+    if config.problem_type is None and heads and not config.saved_shapes:
+        config.problem_type = base.problem_type
 
 
 def check_modules_to_save(config: PromptConfig, model: nn.Module, heads: dict[str, nn.Module]) -> None:
@@ -174,12 +203,14 @@ def wrap_heads(
     config: PromptConfig, heads: dict[str, nn.Module], model: nn.Module, adapter_name: str, is_active: bool
 ) -> None:
     """Gives an adapter heads of its own; PEFT, which would copy the base model's, finds them made."""
+    base = Task.of_base(model)
+    task = Task(None if config.label_names is None else tuple(config.label_names), config.problem_type)
     for name in heads if isinstance(model, PreTrainedModel) else ():
         module = model.get_submodule(name)
         if isinstance(module, TaskHead):
-            module.update(adapter_name, label_names=config.label_names)
+            module.update(adapter_name, task=task)
             continue
-        head = TaskHead(module, adapter_name, model.config, config.label_names)
+        head = TaskHead(module, adapter_name, model.config, base, task)
         if not is_active:
             head.set_adapter([])
         model.set_submodule(name, head)

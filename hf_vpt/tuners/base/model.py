@@ -22,7 +22,7 @@ from ...choices import check_choice
 from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_frozen_modules
 from .checkpoint import verify_tensors
 from .config import PromptConfig
-from .head import TaskHead, check_heads, check_modules_to_save, complete_label_names, linear_heads, wrap_heads
+from .head import TaskHead, check_heads, check_modules_to_save, complete_task, linear_heads, wrap_heads
 from .prompts import BlockLayout, Prompts, StaticPrompts
 
 
@@ -247,7 +247,7 @@ class PromptTuner(BaseTuner):
         return peft_config  # `_prepare_model` fills it in: it needs the model itself
 
     def _prepare_model(self, peft_config: PromptConfig, model: nn.Module) -> None:
-        """Completes the config from the model. All checks stand here, before anything is changed."""
+        """Completes the config from the model and makes the adapter's heads; before that, everything is checked."""
         if any(isinstance(module, BakedKeysValues) for module in model.modules()):
             raise ValueError(
                 "Found a model with baked prompts. New prompts need the backbone without them. Load the base model "
@@ -287,7 +287,7 @@ class PromptTuner(BaseTuner):
             peft_config.modules_to_save = list(backbone.heads)
             check_heads(backbone.heads, model)
         heads = linear_heads(peft_config, backbone, model)
-        complete_label_names(peft_config, heads, model)
+        complete_task(peft_config, heads, model)
         check_modules_to_save(peft_config, model, heads)
         peft_config.target_modules = pattern
         self._backbone = backbone
@@ -418,6 +418,12 @@ class PromptTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the active ones, in a time that does not depend on how many there are."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if unknown := [name for name in names if name not in self.peft_config]:
+            raise ValueError(
+                f"Found no adapter called {', '.join(map(repr, unknown))}. The model has "
+                f"{', '.join(map(repr, self.peft_config))}: choose among them, or load it first."
+            )
         pending = [self.model]
         while pending:
             module = pending.pop()
@@ -474,7 +480,7 @@ class PromptTuner(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        verify_tensors(config, state_dict)
+        verify_tensors(config, state_dict, adapter_name)
         # The number of a block says which one is meant. Its path may be another one than when the adapter was saved:
         # in a model with or without a task head, or in another release of Transformers.
         paths = {module.index: name for name, module in model.named_modules() if isinstance(module, PromptedBlock)}
