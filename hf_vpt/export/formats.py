@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,14 @@ def export_onnx(
     about = describe(model, example, processor)
     recording = record(model, example, options)
     with _draft_of(path) as draft:
-        with contextlib.redirect_stdout(io.StringIO()):  # the exporter thinks aloud
+        with _quietly():
             made = torch.onnx.export(
-                recording.program, dynamo=True, input_names=["pixel_values"], output_names=["logits"], verbose=False
+                recording.program,
+                dynamo=True,
+                input_names=["pixel_values"],
+                output_names=["logits"],
+                dynamic_shapes={"pixel_values": {0: "batch"}},  # a name instead of a number
+                verbose=False,
             )
         made.model.metadata_props.update({name: json.dumps(value) for name, value in about.items()})
         made.save(draft)
@@ -128,15 +135,26 @@ def export_program(
 
 @contextlib.contextmanager
 def _draft_of(path: str | Path) -> Iterator[Path]:
-    """A file beside another one, which takes its place at the end and is gone after an error."""
+    """A file in a folder beside another one, which takes its place at the end and is gone after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.stem}.draft-{os.getpid()}{path.suffix}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.draft-", dir=path.parent) as folder:
+        draft = Path(folder, path.name)
         yield draft
         os.replace(draft, path)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keeps the exporter from thinking aloud."""
+    logger = logging.getLogger("onnxscript")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
-        draft.unlink(missing_ok=True)
+        logger.setLevel(level)
 
 
 def _import_onnxruntime() -> Any:

@@ -107,8 +107,11 @@ def record(model: nn.Module, example: torch.Tensor, options: dict[str, Any]) -> 
         module.model = _simplify(module.model)
         # Of two images or more: a length of one would be taken for one that never changes.
         example = torch.cat([example, example])
-        shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
-        return Recording(torch.export.export(module, (example,), dynamic_shapes=shapes), batches, logits)
+        batch = {"pixel_values": {0: torch.export.Dim("batch")}}
+        program = torch.export.export(module, (example,), dynamic_shapes=batch)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, which would stand in the file
+    return Recording(program, batches, logits)
 
 
 def _simplify(model: nn.Module) -> nn.Module:
