@@ -392,9 +392,11 @@ class PromptTuner(BaseTuner):
             ValueError: The prompts are not constant (VAPT), flow on as tokens (shallow ones), are part of the
                 image's feature (`pool_prompts`), or are disabled.
 
+        To write it to a file use `hf_vpt.export`, which also keeps `torch.export` from adding masks to BEiT's bias.
+
         Example:
             >>> baked = model.bake()
-            >>> torch.export.save(torch.export.export(baked, (pixel_values,)), "classifier.pt2")
+            >>> logits = baked(pixel_values=pixel_values).logits
         """
         for block in self.prompted_blocks():
             if block.disable_adapters:
@@ -555,8 +557,8 @@ def refuse_to_save(*args: Any, **kwargs: Any) -> None:
     """Stands in for `save_pretrained` of a baked model, which `from_pretrained` would load without its prompts."""
     raise NotImplementedError(
         "Found a request to save a model with baked prompts. To load such a checkpoint, Transformers would need a "
-        "class that knows of them. Save the adapter before it is baked, or export the model with "
-        "`torch.export` or to ONNX."
+        "class that knows of them. Save the adapter before it is baked, or write the model to "
+        "one file with `hf_vpt.export`."
     )
 
 
