@@ -110,7 +110,7 @@ def train_classifier(settings: Settings, shared: SharedLoader | None = None) -> 
     if settings.training.push_to_hub:
         if trainer.is_world_process_zero():
             draw_adapter(trainer, data["test"])
-        trainer.push_to_hub()
+        trainer.push_to_hub(tasks="image-classification", dataset=settings.data.dataset_name)
     else:
         trainer.save_model()
     return results
