@@ -50,7 +50,7 @@ class ServingArguments:
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on; 0 for any."})
     max_batch_size: int = field(default=16, metadata={"help": "Images in one forward pass."})
-    max_wait_ms: float = field(default=20.0, metadata={"help": "Milliseconds that an image waits for others."})
+    max_wait_ms: float = field(default=5.0, metadata={"help": "Milliseconds that an image waits for others."})
     max_queue: int = field(default=64, metadata={"help": "Images in work at once."})
     max_body_bytes: int = field(default=10 * 2**20, metadata={"help": "Size of a body."})
     max_pixels: int = field(default=50_000_000, metadata={"help": "Width times height of an image."})
