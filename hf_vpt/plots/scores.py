@@ -32,7 +32,7 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
         spread = [row.std or 0.0 for row, _ in own]
         axis.errorbar(places, [row.mean for row, _ in own], yerr=spread, fmt="o", markersize=3, capsize=2, label=name)
     # Long names of many data sets would run into each other.
-    tilt = {"rotation": 30, "ha": "right"} if len(datasets) > 3 else {}
+    tilt = {"rotation": 30, "ha": "right"} if len(datasets) > 2 else {}
     axis.set_xticks(
         range(len(datasets)), [name.replace(", trained on ", "\ntrained on\n") for name in datasets], **tilt
     )
