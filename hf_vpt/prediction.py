@@ -85,8 +85,6 @@ def predict_images(
         if value < 1:
             raise ValueError(f"{name} is {value}. It must be at least 1: correct it.")
     names = model.config.id2label
-    # As pipelines do: several right classes, or one, do not share their probability.
-    is_apart = model.config.problem_type == "multi_label_classification" or len(names) == 1
     device = next(model.parameters()).device
     for start in range(0, len(images), batch_size):
         read = [_read(image) for image in images[start : start + batch_size]]
@@ -95,13 +93,8 @@ def predict_images(
         ]
         # Processors that keep an image's own shape make several shapes, which do not stack.
         by_shape = itertools.groupby(pixels, key=lambda image: image.shape)
-        scores = [
-            row
-            for _, group in by_shape
-            for row in model(pixel_values=torch.cat(list(group)).to(device)).logits.float()
-        ]
-        scores = [row.sigmoid() if is_apart else row.softmax(dim=-1) for row in scores]
-        rows = iter(scores)
+        batches = [model(pixel_values=torch.cat(list(group)).to(device)).logits.float() for _, group in by_shape]
+        rows = itertools.chain.from_iterable(to_scores(logits, model.config.problem_type) for logits in batches)
         for image, content in zip(images[start : start + batch_size], read, strict=True):
             if isinstance(content, str):
                 yield Prediction(image, error=content)
@@ -109,6 +102,20 @@ def predict_images(
             values, indices = next(rows).topk(min(top_k, len(names)))
             classes = tuple((names[index], value) for index, value in zip(indices.tolist(), values.tolist()))
             yield Prediction(image, classes)
+
+
+def to_scores(logits: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """Return the probabilities of classes, as pipelines do.
+
+    Softmax, or, where several classes may be right or there is only one, a sigmoid of each.
+
+    Args:
+        logits: `(…, classes)`.
+        problem_type: Transformers' word for the kind of classification.
+    """
+    if problem_type == "multi_label_classification" or logits.shape[-1] == 1:
+        return logits.sigmoid()
+    return logits.softmax(dim=-1)
 
 
 def write_predictions(predictions: Iterable[Prediction], stream: TextIO, form: PredictionFormat = "text") -> int:

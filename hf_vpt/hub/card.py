@@ -148,9 +148,7 @@ def _metadata(config: Mapping[str, Any], metrics: Mapping[str, Any], name: str, 
         optional |= {"base_model": base, "base_model_relation": "adapter"}
         tags.append(f"base_model:adapter:{base}")
     if metrics:
-        details = [f"seed {metrics['seed']}"] + (
-            [f"{metrics['dataset_variant']}"] if metrics["dataset_variant"] else []
-        )
+        details = [f"seed {metrics['seed']}", metrics["dataset_variant"]]
         optional["model_name"] = name.split("/")[-1]
         optional["metrics"] = ["accuracy"]
         optional["eval_results"] = [

@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.processing import ImageTransform
 from ..hub.loading import load_image_classifier
+from ..prediction import to_scores
 from ..tuners import METHODS
 from .arguments import ServingArguments
 
@@ -27,7 +28,7 @@ class ServedAdapter:
         source: Its Hub id, or the name of its folder.
         label_names: Name of each class.
         transform: Makes pixel values of its images.
-        is_apart: Whether several classes may be right at once, or there is only one.
+        problem_type: Transformers' word for the kind of classification.
     """
 
     name: str
@@ -35,7 +36,7 @@ class ServedAdapter:
     source: str
     label_names: list[str]
     transform: ImageTransform
-    is_apart: bool = False
+    problem_type: str | None = None
 
 
 class Classifier:
@@ -73,16 +74,13 @@ class Classifier:
             config = model.peft_config[name]
             method = next((m for m, config_class in METHODS.items() if type(config) is config_class), "other")
             labels = label_names(model, name, num_classes)
-            several = getattr(config, "problem_type", None) == "multi_label_classification"
-            is_apart = several or len(labels) == 1
+            problem_type = getattr(config, "problem_type", None)
             source = _public_name((sources or {}).get(name, name))
-            self.adapters[name] = ServedAdapter(name, method, source, labels, transform, is_apart)
+            self.adapters[name] = ServedAdapter(name, method, source, labels, transform, problem_type)
 
     @torch.inference_mode()
     def scores(self, adapter_names: Sequence[str], images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the scores of the classes of its own adapter for each image.
-
-        Softmax, or, where several classes may be right or there is only one, a sigmoid of each.
+        """Return the scores of the classes of its own adapter for each image, see `hf_vpt.prediction.to_scores`.
 
         Args:
             adapter_names: Adapter of each of B images.
@@ -99,8 +97,8 @@ class Classifier:
                 f"The model gave scores that are no numbers, in {self.dtype}. Finite ones are needed: serve it with "
                 "--dtype float32 or bfloat16."
             )
-        are_apart = [self.adapters[name].is_apart for name in adapter_names]
-        return [row.sigmoid() if apart else row.softmax(-1) for row, apart in zip(logits, are_apart, strict=True)]
+        kinds = [self.adapters[name].problem_type for name in adapter_names]
+        return [to_scores(row, kind) for row, kind in zip(logits, kinds, strict=True)]
 
     def _logits(self, adapter_names: Sequence[str], images: Sequence[torch.Tensor]) -> torch.Tensor:
         pixel_values = torch.stack(list(images)).to(self.device, self.dtype)
