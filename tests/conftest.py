@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import transformers
+from local_hub import LocalHub
 from transformers import PretrainedConfig, PreTrainedModel, TrainerCallback
 
 from hf_vpt import BACKBONES as RECORDS
@@ -273,6 +274,12 @@ ADAPTERS = {
     "bpt_shallow": TinyAdapter("bpt", {"rank": 4, "deep": False}, lambda n, widths, grids: (n + widths[0]) * 4),
     "bpt_fixed": TinyAdapter("bpt", {"rank": 4, "basis": "fwhiten"}, lambda n, widths, grids: len(widths) * n * 4),
 }
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[LocalHub]:
+    with LocalHub() as hub:
+        yield hub
 
 
 @pytest.fixture(params=BACKBONES)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import ADAPTERS, BACKBONES, IMAGE_SIZE, output_of
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, try_to_load_from_cache
-from local_hub import LocalHub
 from peft import AutoPeftModel, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load
@@ -153,12 +152,6 @@ def train_and_push(folder: str, repository: str, *options: str) -> dict:
     settings += ["--num_train_epochs=2", "--per_device_train_batch_size=4", "--learning_rate=0.1", "--use_cpu"]
     settings += ["--push_to_hub", f"--hub_model_id={repository}", "--hub_license=mit", *options]
     return train_classifier(parse_arguments(settings))
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LocalHub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")

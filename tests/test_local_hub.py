@@ -12,7 +12,6 @@ import huggingface_hub
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.utils import _http
-from local_hub import LocalHub
 
 
 FILES = {
@@ -59,12 +58,6 @@ def error(function, *arguments, **options) -> tuple[str, int | None] | None:
 def do_not_wait() -> None:
     """Lets the client try again at once."""
     _http.http_backoff.__kwdefaults__["base_wait_time"] = 0
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with LocalHub() as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
