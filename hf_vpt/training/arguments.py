@@ -77,6 +77,14 @@ class TrainingArguments(transformers.TrainingArguments):
         norm_learning_rate: Learning rate of trained normalisation layers outside the head: VAPT's own, or all of them
             in full fine-tuning. Default: that of everything else.
         norm_weight_decay: Weight decay of their weights (biases have none). Default: none.
+        prompt_angle: Angle in radians, above 0 and at most π/2, by which each prompt turns in a step; it follows the
+            schedule and takes the place of the learning rate, whatever the batch. Lengths stay fixed, and weight decay
+            does not touch them. For what has no effect but by its direction (deep prompts behind a norm): see
+            `DirectionalSteps` and docs/learning_rate.md. `learning_rate` then is for the head and for the rest of an
+            adapter. Default: prompts are added to, as published.
+        prompt_norm: Length at which such prompts are kept, as root mean square of their elements. Without
+            `prompt_angle`, steps are those of `learning_rate`, without their part along the prompt. Default: 1 with
+            `prompt_angle`, else prompts may grow and shrink.
         lr_schedule_unit: Whether the learning rate changes with each `"step"`, or once an `"epoch"` and stays at the
             schedule's value at the epoch's start, as in the code of VPT and its successors.
         ema_decay: Decay in [0, 1) of an exponential moving average of the trained weights, which is scored beside the
@@ -86,6 +94,8 @@ class TrainingArguments(transformers.TrainingArguments):
             least 0, and so are labels (mixup, arXiv 1710.09412); 0 for never. The larger, the nearer to halves.
         cutmix_alpha: The same for boxes cut out of the neighbour (CutMix, arXiv 1905.04899). With both, each batch
             gets one of them.
+        record_steps: Write `steps.json` to `output_dir`: the loss of every optimiser step, and length, turn and gradient
+            of prompts (`StepRecorder`).
         hub_license: Licence, by the Hub's names, that the card of a published adapter states. Default: `unknown`.
         plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
             0 for never.
@@ -116,12 +126,15 @@ class TrainingArguments(transformers.TrainingArguments):
     head_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the head."})
     norm_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of trained norms."})
     norm_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of trained norms."})
+    prompt_angle: float | None = field(default=None, metadata={"help": "Angle by which prompts turn in a step."})
+    prompt_norm: float | None = field(default=None, metadata={"help": "Length at which prompts are kept."})
     lr_schedule_unit: ScheduleUnit = field(
         default="step", metadata={"help": "Whether the learning rate changes with each step or epoch."}
     )
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Strength of mixup; 0 for none."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Strength of CutMix; 0 for none."})
+    record_steps: bool = field(default=False, metadata={"help": "Write what prompts do in each step to steps.json."})
     hub_license: str | None = field(default=None, metadata={"help": "Licence of what is published, as apache-2.0."})
     plateau_patience: int = field(default=5, metadata={"help": "Epochs of guessing after which to warn."})
 
@@ -157,6 +170,14 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in not_negative:
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
+
+        if self.prompt_angle is not None and not 0 < self.prompt_angle <= math.pi / 2:
+            raise ValueError(
+                f"prompt_angle is {self.prompt_angle:g}. It is in radians and must be above 0 and at most π/2, a "
+                "right angle: correct it, for example to 0.1, or leave it out."
+            )
+        if self.prompt_norm is not None and not self.prompt_norm > 0:
+            raise ValueError(f"prompt_norm is {self.prompt_norm:g}. It must be above 0: set 1, or leave it out.")
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the number of optimiser steps over which the learning rate climbs."""

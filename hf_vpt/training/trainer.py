@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..hub.card import CARD_FILE, update_model_card
 from ..hub.loading import LABELS_FILE
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
+from .directions import turn_prompts
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
 from .identity import RunIdentity
@@ -164,6 +165,7 @@ class ImageClassificationTrainer(transformers.Trainer):
             names = set(self.get_decay_parameter_names(model))
             decayed = {parameter for name, parameter in model.named_parameters() if name in names}
             group_by_role(optimizer, model, self.args, decayed)
+            turn_prompts(optimizer, model, self.args, is_whole=not self.is_deepspeed_enabled)
             if self.is_fsdp_enabled:
                 self._names_in_optimizer = names_in_optimizer(optimizer, self.model)
         return optimizer

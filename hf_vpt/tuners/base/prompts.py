@@ -30,6 +30,27 @@ class BlockLayout:
     num_prefix_tokens: int = 1
 
 
+@dataclass(frozen=True)
+class Direction:
+    """Tensors of which the loss feels the direction alone: multiplied by one positive number, they change nothing.
+
+    Attributes:
+        module: The module that owns them.
+        names: Their names in it.
+        by_row: Whether that holds for each index of the first dimension by itself (the rows of all tensors together),
+            or for all elements at once.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    by_row: bool = True
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensors that the module has now; FSDP puts others in their place."""
+        return [getattr(self.module, name) for name in self.names]
+
+
 class Prompts(nn.Module):
     """The prompts of one adapter in one block.
 
@@ -65,6 +86,10 @@ class Prompts(nn.Module):
             `(1, N, D)` where the prompts are the same for all images, `(B, N, D)` otherwise.
         """
         raise NotImplementedError
+
+    def directions(self) -> list[Direction]:
+        """What scales the prompts and nothing else. A norm before attention takes that scale away (`Direction`)."""
+        return []
 
     def check_grid(self, height: int, width: int) -> None:
         """Raises `ValueError` if the prompts cannot be made from a grid of `height` × `width` patches."""

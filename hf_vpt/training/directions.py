@@ -1,0 +1,181 @@
+"""Steps on a sphere for what the loss feels the direction of alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from ..tuners.base import Direction
+from .optimizer import directions_of
+
+
+if TYPE_CHECKING:
+    from .arguments import TrainingArguments
+
+
+# How far, relative to it, a length may be off before it is set anew. Above float32's rounding, so that weights that
+# come back from a checkpoint are left as they are and a resumed run repeats the one that was not interrupted.
+TOLERANCE = 1e-5
+
+# Optimizers that look at weights for their decay alone; others (Adafactor, LAMB, LARS) measure steps by them.
+SUPPORTED_OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.NAdam)
+SUPPORTED_OPTIMIZERS += (torch.optim.RAdam, torch.optim.Adamax, torch.optim.Adagrad, torch.optim.Adadelta)
+
+
+class DirectionalSteps:
+    """Makes an optimizer turn prompts instead of adding to them, so that their length cannot run away.
+
+    A deep prompt p reaches the loss through the norm before attention, which does not feel its length, so only its
+    direction learns. Added steps make p longer and the next turn smaller, and weight decay makes it shorter and the
+    next turn larger, until the loss jumps (methods and measurements: docs/learning_rate.md). Here the length is fixed:
+
+    1. The optimizer proposes a step Δ, from the gradient at p. What it would decay is left out: the length is fixed.
+    2. Its part along p, which does nothing, is taken off: Δ ← Δ − ⟨Δ, p⟩p / ‖p‖².
+    3. With `angle`, p turns towards Δ by the learning rate θ of its group, in radians:
+       p ← cos θ·p + sin θ·‖p‖·Δ / ‖Δ‖. Without, p ← ‖p‖·(p + Δ) / ‖p + Δ‖.
+
+    θ follows the schedule as any learning rate. At the start each p is set to the length; its effect does not change.
+    A p of zeros, as VAPT begins with, gets a random direction. There is no state: with the same settings a run goes on
+    from a checkpoint bit for bit, and what is saved is an adapter like any other.
+
+    `ImageClassificationTrainer` does this with `prompt_norm` and `prompt_angle`. In a loop of one's own:
+
+        >>> optimizer = torch.optim.AdamW(parameters, lr=0.1)  # radians
+        >>> DirectionalSteps(directions_of(model), optimizer, angle=True)
+
+    Args:
+        directions: What turns; see `PromptTuner.directions`.
+        optimizer: SGD, AdamW or another one that uses weights for their decay alone. Hooks are put on its `step`.
+        norm: Length of a vector divided by the root of its number of elements (root mean square), above 0.
+        angle: Whether learning rates of these tensors are angles in radians.
+        seed: Seed of random directions, the same in all processes.
+
+    Raises:
+        TypeError: The optimizer looks at weights for more than their decay.
+    """
+
+    def __init__(
+        self,
+        directions: Sequence[Direction],
+        optimizer: torch.optim.Optimizer,
+        norm: float = 1.0,
+        angle: bool = False,
+        seed: int = 0,
+    ):
+        if not isinstance(optimizer, SUPPORTED_OPTIMIZERS):
+            raise TypeError(
+                f"Found the optimizer {type(optimizer).__name__}. Turning prompts needs one whose steps do not depend "
+                "on the weights' lengths: use optim=sgd or optim=adamw_torch, or leave prompt_norm and prompt_angle "
+                "out."
+            )
+        self.directions = list(directions)
+        self.norm = norm
+        self.angle = angle
+        self._before: list[list[torch.Tensor]] = []
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for direction in self.directions:
+                _normalize(direction, norm, generator)
+        optimizer.register_step_pre_hook(self._set_aside)
+        optimizer.register_step_post_hook(self._turn)
+
+    @torch.no_grad()
+    def _set_aside(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # From zero the step is Δ itself, exactly, however small it is beside p, and there is nothing to decay.
+        self._before = [[tensor.clone() for tensor in direction.tensors] for direction in self.directions]
+        for direction in self.directions:
+            for tensor in direction.tensors:
+                tensor.zero_()
+
+    @torch.no_grad()
+    def _turn(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+        for direction, before in zip(self.directions, self._before):
+            tensors, by_row = direction.tensors, direction.by_row
+            length = length_of(before, by_row)
+            along = dot(tensors, before, by_row) / length**2
+            steps = [tensor - spread(along, tensor) * start for tensor, start in zip(tensors, before)]
+            cosine, factor = 1.0, torch.ones_like(length)
+            if self.angle:
+                theta = rates[id(tensors[0])]
+                # Where there is no step, there is no direction to turn to.
+                factor = length * math.sin(theta) / length_of(steps, by_row)
+                factor, cosine = factor.nan_to_num(0.0, 0.0, 0.0), math.cos(theta)
+            for tensor, start, step in zip(tensors, before, steps):
+                tensor.copy_(cosine * start + spread(factor, step) * step)
+            _normalize(direction, self.norm)
+        self._before = []
+
+
+def turn_prompts(
+    optimizer: torch.optim.Optimizer,
+    model: PreTrainedModel | PeftModel,
+    args: TrainingArguments,
+    is_whole: bool = True,
+) -> DirectionalSteps | None:
+    """Do what `prompt_norm` and `prompt_angle` ask for; nothing where neither is set.
+
+    Args:
+        optimizer: The optimizer, with its groups.
+        model: The model whose prompts turn.
+        args: `prompt_norm`, `prompt_angle` and `seed` are read.
+        is_whole: Whether the optimizer works on the model's own parameters.
+
+    Raises:
+        ValueError: There is nothing to turn, or DeepSpeed keeps the weights.
+    """
+    if args.prompt_norm is None and args.prompt_angle is None:
+        return None
+    asked = "prompt_norm" if args.prompt_angle is None else "prompt_angle"
+    directions = directions_of(model)
+    if not directions:
+        raise ValueError(
+            f"Found {asked} and nothing that it could turn. It needs deep prompts behind a norm, whose length has no "
+            f"effect: leave {asked} out for shallow or pooled prompts, Swin-v2 and baselines."
+        )
+    if not is_whole:
+        raise ValueError(
+            f"Found {asked} and DeepSpeed, whose optimizer keeps weights of its own. Launch with "
+            "configs/accelerate/ddp.yaml or configs/accelerate/fsdp2.yaml."
+        )
+    norm = 1.0 if args.prompt_norm is None else args.prompt_norm
+    return DirectionalSteps(directions, optimizer, norm, angle=args.prompt_angle is not None, seed=args.seed)
+
+
+def dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], by_row: bool) -> torch.Tensor:
+    """Inner product over all tensors, `(N,)` by row and `()` otherwise, in float32 at least."""
+    products = [a.to(torch.promote_types(a.dtype, torch.float32)) * b for a, b in zip(left, right)]
+    return sum(p.reshape(len(p), -1).sum(1) if by_row else p.sum() for p in products)
+
+
+def length_of(tensors: Sequence[torch.Tensor], by_row: bool) -> torch.Tensor:
+    return dot(tensors, tensors, by_row).sqrt()
+
+
+def spread(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Numbers `(N,)` or `()` in a shape that multiplies a tensor's rows, or all of it."""
+    return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values
+
+
+def _normalize(direction: Direction, norm: float, generator: torch.Generator | None = None) -> None:
+    """Set the length of each vector, unless it has it already; with a generator, draw a direction where it is 0."""
+    tensors, by_row = direction.tensors, direction.by_row
+    length = length_of(tensors, by_row)
+    if generator is not None:
+        for tensor in tensors:
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+            if isinstance(tensor, DTensor):
+                noise = distribute_tensor(noise, tensor.device_mesh, tensor.placements)
+            tensor.add_(spread(length == 0, tensor) * noise)
+        length = length_of(tensors, by_row)
+    wanted = norm * math.sqrt(sum((tensor[0] if by_row else tensor).numel() for tensor in tensors))
+    tolerance = max(TOLERANCE, torch.finfo(tensors[0].dtype).eps)
+    factor = torch.where((length / wanted - 1).abs() > tolerance, wanted / length, 1.0)
+    for tensor in tensors:
+        tensor.mul_(spread(factor, tensor))
