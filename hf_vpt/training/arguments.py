@@ -94,8 +94,8 @@ class TrainingArguments(transformers.TrainingArguments):
             least 0, and so are labels (mixup, arXiv 1710.09412); 0 for never. The larger, the nearer to halves.
         cutmix_alpha: The same for boxes cut out of the neighbour (CutMix, arXiv 1905.04899). With both, each batch
             gets one of them.
-        record_steps: Write `steps.json` to `output_dir`: the loss of every optimiser step, and length, turn and gradient
-            of prompts (`StepRecorder`).
+        record_steps: Write `steps.json` to `output_dir`: of every optimiser step the loss, and length, turn and
+            gradient of prompts (`StepRecorder`).
         hub_license: Licence, by the Hub's names, that the card of a published adapter states. Default: `unknown`.
         plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
             0 for never.

@@ -101,14 +101,14 @@ class DirectionalSteps:
             length = length_of(before, by_row)
             along = dot(tensors, before, by_row) / length**2
             steps = [tensor - spread(along, tensor) * start for tensor, start in zip(tensors, before)]
-            cosine, factor = 1.0, torch.ones_like(length)
+            cosine = sine = torch.ones_like(length)
             if self.angle:
-                theta = rates[id(tensors[0])]
+                theta, size = rates[id(tensors[0])], length_of(steps, by_row)
                 # Where there is no step, there is no direction to turn to.
-                factor = length * math.sin(theta) / length_of(steps, by_row)
-                factor, cosine = factor.nan_to_num(0.0, 0.0, 0.0), math.cos(theta)
+                cosine = torch.where(size > 0, math.cos(theta), 1.0)
+                sine = torch.where(size > 0, math.sin(theta) * length / size, 0.0)
             for tensor, start, step in zip(tensors, before, steps):
-                tensor.copy_(cosine * start + spread(factor, step) * step)
+                tensor.copy_(spread(cosine, start) * start + spread(sine, step) * step)
             _normalize(direction, self.norm)
         self._before = []
 

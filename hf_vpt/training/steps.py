@@ -29,8 +29,8 @@ class StepRecorder(TrainerCallback):
     - `gradient`: ‖g‖·‖p‖, the slope of the loss in radians, which does not depend on p's length.
 
     `ImageClassificationTrainer` calls it; `train_classifier` adds one with `record_steps`, and `steps.json` then lies
-    in the output folder: lists over steps under `loss` and `learning_rate`, and under `directions` for each name in the
-    model those four.
+    in the output folder: lists over steps under `loss` and `learning_rate`, and those four under `directions` for each
+    name in the model.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,226 @@
+"""What the loss feels the direction of alone, and steps that turn it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from conftest import ADAPTERS, BACKBONES, output_of
+from peft import get_peft_model
+from torch import nn
+
+from hf_vpt import VAPTConfig, VPTConfig
+from hf_vpt.training import DirectionalSteps, directions_of, parse_arguments
+from hf_vpt.tuners.base import Direction
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda parameters, lr: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1),
+}
+
+
+def without_eps(model):
+    """LayerNorm as in the formula: its eps feels a length."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.0
+    return model
+
+
+def adapted(backbone, adapter, **overrides):
+    model = get_peft_model(backbone.build(), adapter.config(backbone=backbone, modules_to_save=[], **overrides))
+    return without_eps(model.double().eval())
+
+
+@pytest.fixture
+def table():
+    """A direction by row, `(3, 4)`, and what is learned with it: a target for each row's direction."""
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(3, 4))
+    target = nn.functional.normalize(torch.randn(3, 4), dim=1)
+    return Direction(module, ("weight",)), lambda: -(nn.functional.normalize(module.weight, dim=1) * target).sum()
+
+
+def angles_between(left, right):
+    left, right = (nn.functional.normalize(tensor.double(), dim=1) for tensor in (left, right))
+    return 2 * torch.asin((left - right).norm(dim=1) / 2)
+
+
+@torch.no_grad()
+def test_the_length_of_a_direction_changes_nothing(backbone, adapter, pixel_values):
+    model = adapted(backbone, adapter)
+    directions = directions_of(model)
+    before = output_of(model, pixel_values.double())
+    for direction in directions:
+        rows = len(direction.tensors[0]) if direction.by_row else 1
+        factors = 0.3 + 3 * torch.rand(rows, dtype=torch.float64)
+        for tensor in direction.tensors:
+            tensor.mul_(factors.reshape(-1, *[1] * (tensor.ndim - 1)))
+    torch.testing.assert_close(output_of(model, pixel_values.double()), before, rtol=1e-7, atol=1e-9)
+    expects = adapter.config().deep and backbone.record.norm is not None
+    assert bool(directions) == expects
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_projected", "vapt", "provpt", "bpt_deep", "bpt_fixed"])
+def test_the_gradient_of_a_direction_is_orthogonal_to_it_and_grows_as_it_shrinks(name, pixel_values):
+    model = adapted(BACKBONES["vit"], ADAPTERS[name])
+    slopes = []
+    for factor in (1.0, 0.1):
+        with torch.no_grad():
+            for direction in directions_of(model):
+                for tensor in direction.tensors:
+                    tensor.mul_(factor)
+        model.zero_grad()
+        output_of(model, pixel_values.double()).square().mean().backward()
+        for direction in directions_of(model):
+            tensors = [tensor.detach() for tensor in direction.tensors]
+            gradients = [tensor.grad for tensor in direction.tensors]
+            inner, length, slope = (
+                sum((a * b).sum() for a, b in zip(left, right)).item()
+                for left, right in ((tensors, gradients), (tensors, tensors), (gradients, gradients))
+            )
+            assert slope > 0
+            assert abs(inner) < 1e-8 * math.sqrt(length * slope)
+        slopes.append([tensor.grad for direction in directions_of(model) for tensor in direction.tensors])
+    if name != "bpt_deep":  # whose two factors have both become shorter
+        for first, second in zip(*slopes):
+            torch.testing.assert_close(second, 10 * first, rtol=1e-6, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("module", ["norm.weight", "pooling.kernel", "projector.down.weight", "projector.up.weight"])
+def test_the_other_tensors_of_vapt_are_felt_by_their_length(module, pixel_values):
+    model = adapted(BACKBONES["vit"], ADAPTERS["vapt"])
+    before = output_of(model, pixel_values.double())
+    prompts = model.base_model.prompts()[1]
+    prompts.get_parameter(module).mul_(2)
+    assert (output_of(model, pixel_values.double()) - before).abs().max() > 1e-6
+
+
+def test_with_an_activation_that_feels_lengths_vapt_has_its_static_prompts_alone():
+    config = VAPTConfig(num_virtual_tokens=2, grid=[2, 3], projector_activation="gelu")
+    model = get_peft_model(BACKBONES["vit"].build(), config)
+    assert [d.names for d in directions_of(model)] == [("prompt_embeddings",)]
+
+
+def test_pooled_prompts_and_frozen_adapters_have_no_directions():
+    swin = get_peft_model(BACKBONES["swin"].build(), VPTConfig(num_virtual_tokens=2, pool_prompts=True))
+    assert directions_of(swin) == []
+    model = get_peft_model(BACKBONES["vit"].build(), VPTConfig(num_virtual_tokens=2))
+    assert len(directions_of(model)) == 3
+    model.base_model.set_adapter("default", inference_mode=True)
+    assert directions_of(model) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_projected", "provpt", "bpt_deep"])
+def test_setting_the_length_changes_no_output(name, pixel_values):
+    model = adapted(BACKBONES["vit"], ADAPTERS[name])
+    before = output_of(model, pixel_values.double())
+    DirectionalSteps(directions_of(model), torch.optim.SGD(model.parameters(), lr=1.0), norm=0.7)
+    torch.testing.assert_close(output_of(model, pixel_values.double()), before, rtol=1e-7, atol=1e-9)
+    for direction in directions_of(model):
+        rows = [t.reshape(len(t), -1) if direction.by_row else t.reshape(1, -1) for t in direction.tensors]
+        lengths = torch.cat(rows, dim=1).square().mean(dim=1).sqrt()
+        torch.testing.assert_close(lengths, torch.full_like(lengths, 0.7), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("theta", [1e-6, 0.1, 1.5])
+def test_a_step_turns_each_row_by_the_angle(table, optimizer, theta):
+    direction, loss = table
+    optimizer = OPTIMIZERS[optimizer](direction.module.parameters(), theta)
+    DirectionalSteps([direction], optimizer, norm=2.0, angle=True)
+    for _ in range(3):
+        before = direction.module.weight.detach().clone()
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        after = direction.module.weight.detach()
+        # Weights are float32, so a very small angle is rounded.
+        torch.testing.assert_close(angles_between(before, after), torch.full((3,), theta).double(), rtol=0.05, atol=0)
+        torch.testing.assert_close(after.square().mean(1).sqrt(), torch.full((3,), 2.0), rtol=2e-5, atol=0)
+
+
+def test_the_first_step_of_sgd_is_the_formula_of_the_sphere(table):
+    direction, loss = table
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.3)
+    DirectionalSteps([direction], optimizer, angle=True)
+    p = direction.module.weight.detach().clone()
+    loss().backward()
+    g = direction.module.weight.grad.clone()
+    optimizer.step()
+    tangent = -(g - (g * p).sum(1, keepdim=True) / p.square().sum(1, keepdim=True) * p)
+    unit = tangent / tangent.norm(dim=1, keepdim=True)
+    expected = math.cos(0.3) * p + math.sin(0.3) * p.norm(dim=1, keepdim=True) * unit
+    torch.testing.assert_close(direction.module.weight.detach(), expected)
+
+
+def test_without_an_angle_a_step_is_the_optimizers_own_and_the_length_is_restored(table):
+    direction, loss = table
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.5, weight_decay=0.1)
+    DirectionalSteps([direction], optimizer)
+    p = direction.module.weight.detach().clone()
+    loss().backward()
+    g = direction.module.weight.grad.clone()
+    optimizer.step()
+    expected = p - 0.5 * g  # the gradient has no part along p here
+    expected = expected * 2 / expected.norm(dim=1, keepdim=True)  # the root mean square of 4 elements is 1
+    torch.testing.assert_close(direction.module.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_does_not_touch_what_turns_and_does_touch_the_rest(table, optimizer):
+    direction, loss = table
+    ends = []
+    for decay in (0.0, 0.5):
+        turning = copy.deepcopy(direction.module)
+        rest = nn.Parameter(torch.ones(2))
+        made = OPTIMIZERS[optimizer]([turning.weight, rest], 0.1)
+        made.param_groups[0]["weight_decay"] = decay
+        DirectionalSteps([Direction(turning, ("weight",))], made, angle=True)
+        for _ in range(3):
+            made.zero_grad()
+            (rest.sum() * 1e-3 - nn.functional.normalize(turning.weight, dim=1)[:, 0].sum()).backward()
+            made.step()
+        ends.append((turning.weight.detach().clone(), rest.detach().clone()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert not torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_row_without_a_gradient_stays_and_one_of_zeros_gets_a_direction(table):
+    direction, _ = table
+    with torch.no_grad():
+        direction.module.weight[1] = 0
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.1)
+    DirectionalSteps([direction], optimizer, angle=True, seed=3)
+    before = direction.module.weight.detach().clone()
+    torch.testing.assert_close(before.square().mean(1), torch.ones(3), rtol=2e-5, atol=0)
+    nn.functional.normalize(direction.module.weight[0], dim=0)[0].backward()
+    optimizer.step()
+    after = direction.module.weight.detach()
+    assert torch.equal(after[1:], before[1:]) and not torch.equal(after[0], before[0])
+
+
+def test_an_optimizer_that_measures_steps_by_weights_is_refused(table):
+    class LAMB(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+    with pytest.raises(TypeError, match=r"optimizer LAMB.*needs one whose steps.*optim=sgd"):
+        DirectionalSteps([table[0]], LAMB(table[0].module.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        ("--prompt_angle 0", "prompt_angle is 0.*above 0 and at most"),
+        ("--prompt_angle 2", "prompt_angle is 2.*right angle"),
+        ("--prompt_norm 0", "prompt_norm is 0.*above 0"),
+    ],
+)
+def test_angles_and_lengths_that_make_no_sense_are_refused(words, match):
+    with pytest.raises(ValueError, match=match):
+        parse_arguments(["--method", "vpt", "--output_dir", "unused", *words.split()])
