@@ -81,7 +81,7 @@ def test_roles_follow_the_module_that_holds_a_parameter_and_not_its_name():
     head = head_parameters(model)
     assert len(head) == 2 and all(roles[p] == "head" for p in head)
     rest = {roles[p] for p in model.parameters() if p.requires_grad and p not in norms and p not in set(head)}
-    assert rest == {"prompts"}
+    assert rest == {"directions", "prompts"}
 
 
 def test_a_norm_inside_the_head_belongs_to_the_head():
