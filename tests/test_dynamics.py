@@ -1,0 +1,126 @@
+"""Grids of learning rates: spikes, widths, and runs that are not repeated."""
+
+import json
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from hf_vpt.dynamics import (
+    Point,
+    find_spikes,
+    grid,
+    largest_rise,
+    points_of,
+    read_runs,
+    run_grid,
+    smooth,
+    width_in_decades,
+)
+
+
+def falling(steps=200, noise=0.1):
+    return 2 * np.exp(-np.arange(steps) / 50) + noise * np.random.default_rng(0).standard_normal(steps)
+
+
+def test_smoothing_is_the_mean_of_the_last_steps():
+    np.testing.assert_allclose(smooth([1, 2, 3, 4, 5], window=3), [1, 1.5, 2, 3, 4])
+
+
+def test_a_noisy_loss_that_falls_has_no_spike():
+    assert find_spikes(falling()) == []
+    assert largest_rise(falling()) < 0.3
+
+
+def test_spikes_are_found_where_they_are_and_as_high_as_they_are():
+    losses = falling(noise=0)
+    losses[100:112] += 3
+    losses[150:160] += 1
+    losses[170:172] += 1  # too short for a mean over eight steps
+    spikes = find_spikes(losses)
+    assert [(s.start, s.peak) for s in spikes] == [(101, 107), (154, 157)]
+    assert spikes[0].height == pytest.approx(losses[100:108].mean() - losses[92:100].mean())
+    assert largest_rise(losses) == pytest.approx(spikes[0].height)
+
+
+def test_what_happens_while_warming_up_does_not_count_and_a_loss_that_stays_up_is_one_spike():
+    losses = np.concatenate([np.full(10, 1.0), np.full(20, 4.0), np.full(50, 1.0), np.full(50, 3.0)])
+    (spike,) = find_spikes(losses, warmup=40)
+    assert spike.height == pytest.approx(2) and 80 < spike.start < 85
+    assert find_spikes(losses[:5], warmup=10) == [] and largest_rise(losses[:5], warmup=10) == 0
+
+
+def test_a_width_is_measured_between_learning_rates_too():
+    scores = {0.01: 0.5, 0.1: 0.9, 1.0: 0.9, 10.0: 0.7}
+    # Down by 0.01 of 0.4 and of 0.2 on the way to the next ones.
+    assert width_in_decades(scores) == pytest.approx(1 + 0.01 / 0.4 + 0.01 / 0.2)
+    assert width_in_decades(scores, tolerance=0.2) == pytest.approx(1 + 0.5 + 1)
+    assert width_in_decades(scores, best=0.905) == pytest.approx(1 + 0.005 / 0.4 + 0.005 / 0.2)
+    assert width_in_decades(scores, best=0.95) == 0
+
+
+def test_a_second_hill_does_not_belong_to_the_region():
+    assert width_in_decades({0.1: 0.9, 1: 0.5, 10: 0.899}) == pytest.approx(0.025)
+
+
+def test_points_are_all_combinations_with_a_folder_each():
+    points = points_of(["digits"], ["vpt", "bpt"], ["sgd", "adamw_angle"], [0.1, 1], [0, 0.1], [0, 1])
+    assert len({point.folder for point in points}) == len(points) == 32
+    assert [point.seed for point in points] == [0] * 16 + [1] * 16
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Words that a run was trained with, in place of training."""
+    calls = []
+
+    def train(settings, shared):
+        calls.append(settings)
+        if settings.training.learning_rate == 10:
+            raise FloatingPointError("Found a loss of nan")
+        return {"test_accuracy": 0.5}
+
+    monkeypatch.setattr(grid, "train_classifier", train)
+    return calls
+
+
+def test_runs_are_trained_once_and_one_that_diverges_is_no_error(tmp_path, trained, pytestconfig):
+    points = points_of(["digits"], ["vpt"], ["adamw"], [0.1, 10])
+    for _ in range(2):
+        run_grid(points, tmp_path, pytestconfig.rootpath / "configs", report=lambda line: None)
+    assert [settings.training.learning_rate for settings in trained] == [0.1, 10]
+    runs = list(read_runs(tmp_path))
+    assert [(run["rate"], run["test_accuracy"], bool(run["diverged"])) for run in runs] == [
+        (0.1, 0.5, False),
+        (10, None, True),
+    ]
+
+
+def test_a_run_that_another_process_is_at_is_passed_over(tmp_path, trained, pytestconfig):
+    (point,) = points_of(["digits"], ["vpt"], ["adamw"], [0.1])
+    (tmp_path / point.folder).mkdir(parents=True)
+    with FileLock(tmp_path / point.folder / "lock"):
+        run_grid([point], tmp_path, pytestconfig.rootpath / "configs", report=lambda line: None)
+    assert trained == []
+
+
+@pytest.mark.parametrize("method", ["vpt", "vapt", "provpt", "bpt"])
+@pytest.mark.parametrize("treatment", grid.TREATMENTS)
+def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestconfig):
+    point = Point("drawn/counting", method, treatment, 0.05, weight_decay=0.01, seed=3)
+    words = point.words(pytestconfig.rootpath / "configs", tmp_path)
+    training = grid.parse_arguments(words).training
+    assert training.optim.value.startswith("sgd" if "adamw" not in treatment else "adamw")
+    assert (training.prompt_angle == 0.05) == treatment.endswith("_angle")
+    assert (training.learning_rate == 0.05) != treatment.endswith("_angle")
+    assert (training.prompt_norm == 1) == treatment.endswith("_norm")
+    assert (training.head_learning_rate == 0.05) == (treatment == "published")
+    assert (training.weight_decay, training.head_weight_decay, training.seed) == (0.01, 0, 3)
+    assert training.record_steps and not training.load_best_model_at_end
+
+
+def test_a_recorded_run_is_read_with_its_steps(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text(json.dumps({"rate": 1}))
+    (tmp_path / "a" / "steps.json").write_text(json.dumps({"loss": [1.0]}))
+    assert list(read_runs(tmp_path)) == [{"rate": 1, "steps": {"loss": [1.0]}}]
