@@ -12,7 +12,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_vpt.dynamics import TREATMENTS, points_of, run_grid
+from hf_vpt.dynamics import TREATMENTS, points_of, read_runs, run_grid
+from hf_vpt.dynamics.summary import RUNS_FILE, groups_of, read_summaries, width_table, write_summaries
+from hf_vpt.plots import plot_courses, plot_learning_rates
 from hf_vpt.tuners import METHODS
 
 
@@ -31,8 +33,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     run.add_argument("--weight_decays", nargs="+", type=float, default=[0.0])
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     report = commands.add_parser("report", help="draw pictures and print tables of what is there")
-    report.add_argument("folder")
-    report.add_argument("--output_dir", default=".", help="folder of the pictures")
+    report.add_argument("folder", help="folder of runs, or the runs.jsonl of an earlier report")
+    report.add_argument("--output_dir", default=".", help="folder of pictures and runs.jsonl")
+    report.add_argument("--courses", nargs="+", default=[], help="folders of single runs, to be drawn step by step")
     own, _, more = " ".join(argv).partition(" -- ")
     return parser.parse_args(own.split()), more.split()
 
@@ -42,6 +45,17 @@ def main() -> None:
     if args.command == "run":
         points = points_of(args.data, args.methods, args.treatments, args.rates, args.weight_decays, args.seeds)
         run_grid(points, args.folder, CONFIGS, more)
+        return
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_summaries(args.folder)
+    write_summaries(rows, folder / RUNS_FILE)
+    print(width_table(rows))
+    for (method,), own in groups_of(rows, "method").items():
+        plot_learning_rates(own, folder / f"learning_rates_{method}.png")
+    if args.courses:
+        runs = {str(Path(path).relative_to(args.folder)): next(read_runs(path)) for path in args.courses}
+        plot_courses(runs, folder / "courses.png")
 
 
 if __name__ == "__main__":
