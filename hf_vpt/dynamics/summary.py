@@ -88,11 +88,9 @@ def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
     Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, and of the best one of
     all treatments on that data.
     """
-    lines = [
-        "| data | method | treatment | weight decay | seeds | best accuracy, % | at | width, own best | width, best of all "
-        "| largest rise of the loss |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
+    titles += ["width, best of all", "largest rise of the loss"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for (data, method), together in groups_of(rows, "data", "method").items():
         treatments = groups_of(together, "treatment", "weight_decay")
         best_of_all = max(max(scores_by_rate(own).values()) for own in treatments.values())
