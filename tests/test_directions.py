@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_vpt import VAPTConfig, VPTConfig
-from hf_vpt.training import DirectionalSteps, directions_of, parse_arguments
+from hf_vpt.training import DirectionalSteps, LengthFloor, build_trainer, directions_of, parse_arguments
 from hf_vpt.tuners.base import Direction
 
 
@@ -213,14 +213,62 @@ def test_an_optimizer_that_measures_steps_by_weights_is_refused(table):
         DirectionalSteps([table[0]], LAMB(table[0].module.parameters()))
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_floor_lifts_what_has_become_too_short_and_nothing_else(table, optimizer):
+    direction, _ = table
+    with torch.no_grad():
+        direction.module.weight.copy_(torch.tensor([[3.0, 0, 0, 0], [0.1, 0.1, 0, 0], [0, 0, 0, 0]]))
+    optimizer = OPTIMIZERS[optimizer](direction.module.parameters(), 0.0)
+    LengthFloor([direction], optimizer, floor=0.5)
+    direction.module.weight.grad = torch.ones(3, 4)
+    optimizer.step()
+    half = 0.5**0.5  # 0.5 of each of four elements is a length of 1
+    expected = torch.tensor([[3.0, 0, 0, 0], [half, half, 0, 0], [0, 0, 0, 0]])
+    torch.testing.assert_close(direction.module.weight.detach(), expected)
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         ("--prompt_angle 0", "prompt_angle is 0.*above 0 and at most"),
         ("--prompt_angle 2", "prompt_angle is 2.*right angle"),
         ("--prompt_norm 0", "prompt_norm is 0.*above 0"),
+        ("--prompt_norm_floor -1", "prompt_norm_floor is -1.*above 0"),
+        ("--prompt_norm_floor 1 --prompt_angle 0.1", "prompt_norm_floor is set beside prompt_angle.*leave"),
     ],
 )
 def test_angles_and_lengths_that_make_no_sense_are_refused(words, match):
     with pytest.raises(ValueError, match=match):
         parse_arguments(["--method", "vpt", "--output_dir", "unused", *words.split()])
+
+
+@pytest.mark.parametrize("option", ["prompt_norm", "prompt_angle", "prompt_norm_floor"])
+def test_options_for_prompts_are_refused_where_no_prompt_has_a_direction_alone(option, tmp_path):
+    words = ["--method", "vpt", "--deep", "false", "--output_dir", str(tmp_path), "--use_cpu", f"--{option}", "0.1"]
+    trainer, _ = build_trainer(parse_arguments(words))
+    with pytest.raises(
+        ValueError, match=f"Found {option} and nothing that it is for.*deep prompts.*leave {option} out"
+    ):
+        trainer.create_optimizer()
+
+
+def test_a_prompt_that_was_scaled_down_as_it_moved_turns_like_the_others(pixel_values):
+    """As published a factor of 1e-3 makes the next turn of Adam a thousand times as large, that of SGD a million."""
+    turns = {}
+    for name, angle in (("free", False), ("turned", True)):
+        model = adapted(BACKBONES["vit"], ADAPTERS["provpt"])
+        directions = directions_of(model)
+        optimizer = torch.optim.SGD([t for d in directions for t in d.tensors], lr=1e-3 if angle else 1e-9)
+        if angle:
+            DirectionalSteps(directions, optimizer, angle=True)
+        pool = model.base_model.pool()
+        pool[0].move(0, 1, 1e-3)
+        table = pool[0].prompt_embeddings
+        before = table.detach().clone()
+        output_of(model, pixel_values.double()).square().mean().backward()
+        slopes = table.grad.norm(dim=1) * before.norm(dim=1)
+        optimizer.step()
+        turns[name] = angles_between(before, table.detach()) / (1 if angle else slopes)
+    # Per slope: SGD turns by lr / length² of it.
+    assert turns["free"][0] / turns["free"][1] > 1e5
+    torch.testing.assert_close(turns["turned"], torch.full((2,), 1e-3).double(), rtol=1e-3, atol=0)

@@ -113,6 +113,7 @@ def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestco
     assert training.optim.value.startswith("sgd" if "adamw" not in treatment else "adamw")
     assert (training.prompt_angle == 0.05) == treatment.endswith("_angle")
     assert (training.learning_rate == 0.05) != treatment.endswith("_angle")
+    assert (training.prompt_norm_floor is not None) == treatment.endswith("_floor")
     assert (training.prompt_norm == 1) == treatment.endswith("_norm")
     assert (training.head_learning_rate == 0.05) == (treatment == "published")
     assert (training.weight_decay, training.head_weight_decay, training.seed) == (0.01, 0, 3)

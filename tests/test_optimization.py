@@ -90,13 +90,16 @@ def test_a_norm_inside_the_head_belongs_to_the_head():
     assert {parameter_roles(model)[p] for p in model.classifier.parameters()} == {"head"}
 
 
-def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_own(tmp_path):
+@pytest.mark.parametrize("angle", [None, 0.4])
+def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_own(tmp_path, angle):
     model = build("vapt")
     settings = {"learning_rate": 0.1, "weight_decay": 0.01, "head_learning_rate": 0.2, "head_weight_decay": 0.02}
-    settings |= {"norm_learning_rate": 0.3, "norm_weight_decay": 0.03}
+    settings |= {"norm_learning_rate": 0.3, "norm_weight_decay": 0.03, "prompt_angle": angle}
     found = found_groups(make_trainer(model, tmp_path, **settings))
     roles = parameter_roles(model)
     expected = {"prompts": (0.1, 0.01), "head": (0.2, 0.02), "norms": (0.3, 0.03)}
+    # The optimizer's decay is none where prompts turn: they are set aside while it steps.
+    expected["directions"] = (0.1 if angle is None else angle, 0.01)
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -105,7 +108,14 @@ def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_o
             assert found.pop(id(parameter)) == (rate, 0.0 if is_bias else decay), name
             seen.add((roles[parameter], is_bias))
     assert not found
-    assert seen >= {("prompts", False), ("head", False), ("head", True), ("norms", False), ("norms", True)}
+    assert seen >= {
+        ("directions", False),
+        ("prompts", False),
+        ("head", False),
+        ("head", True),
+        ("norms", False),
+        ("norms", True),
+    }
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm_learning_rate": 0.3}, {"head_learning_rate": 0.3}])

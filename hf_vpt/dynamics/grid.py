@@ -28,6 +28,7 @@ TREATMENTS = {
     "sgd": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3",
     "sgd_norm": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3 --prompt_norm 1",
     "sgd_angle": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.3 --prompt_angle {{rate}}",
+    "sgd_floor": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3 --prompt_norm_floor 0.1",
     "adamw": "--learning_rate {rate} --head_learning_rate 0.01",
     "adamw_norm": "--learning_rate {rate} --head_learning_rate 0.01 --prompt_norm 1",
     "adamw_angle": "--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {rate}",

@@ -3,7 +3,7 @@
 from ..data.arguments import DataArguments
 from .arguments import BASELINES, ModelArguments, TrainingArguments
 from .comparison import check_comparable
-from .directions import DirectionalSteps
+from .directions import DirectionalSteps, LengthFloor
 from .ema import ExponentialMovingAverage
 from .experiment import build_trainer, train_classifier
 from .metrics import Accuracy, ComputeMetrics, MeanClassAccuracy
@@ -33,6 +33,7 @@ __all__ = [
     "DirectionalSteps",
     "ExponentialMovingAverage",
     "ImageClassificationTrainer",
+    "LengthFloor",
     "MeanClassAccuracy",
     "ModelArguments",
     "PlateauWarning",

@@ -85,6 +85,8 @@ class TrainingArguments(transformers.TrainingArguments):
         prompt_norm: Length at which such prompts are kept, as root mean square of their elements. Without
             `prompt_angle`, steps are those of `learning_rate`, without their part along the prompt. Default: 1 with
             `prompt_angle`, else prompts may grow and shrink.
+        prompt_norm_floor: Length, counted likewise, below which such prompts do not shrink (`LengthFloor`); otherwise
+            they are added to, as published.
         lr_schedule_unit: Whether the learning rate changes with each `"step"`, or once an `"epoch"` and stays at the
             schedule's value at the epoch's start, as in the code of VPT and its successors.
         ema_decay: Decay in [0, 1) of an exponential moving average of the trained weights, which is scored beside the
@@ -128,6 +130,7 @@ class TrainingArguments(transformers.TrainingArguments):
     norm_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of trained norms."})
     prompt_angle: float | None = field(default=None, metadata={"help": "Angle by which prompts turn in a step."})
     prompt_norm: float | None = field(default=None, metadata={"help": "Length at which prompts are kept."})
+    prompt_norm_floor: float | None = field(default=None, metadata={"help": "Least length of prompts."})
     lr_schedule_unit: ScheduleUnit = field(
         default="step", metadata={"help": "Whether the learning rate changes with each step or epoch."}
     )
@@ -176,8 +179,15 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"prompt_angle is {self.prompt_angle:g}. It is in radians and must be above 0 and at most π/2, a "
                 "right angle: correct it, for example to 0.1, or leave it out."
             )
-        if self.prompt_norm is not None and not self.prompt_norm > 0:
-            raise ValueError(f"prompt_norm is {self.prompt_norm:g}. It must be above 0: set 1, or leave it out.")
+        for name in ("prompt_norm", "prompt_norm_floor"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value:g}. It must be above 0: correct it, or leave it out.")
+        if self.prompt_norm_floor is not None and (self.prompt_norm or self.prompt_angle):
+            other = "prompt_norm" if self.prompt_norm else "prompt_angle"
+            raise ValueError(
+                f"prompt_norm_floor is set beside {other}, which keeps the length of prompts as it is. Only one of them "
+                "can be: leave prompt_norm_floor out."
+            )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the number of optimiser steps over which the learning rate climbs."""

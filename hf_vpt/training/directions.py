@@ -113,30 +113,58 @@ class DirectionalSteps:
         self._before = []
 
 
+class LengthFloor:
+    """Keeps prompts from becoming so short, by weight decay for one, that a step turns them too far.
+
+    After each step of the optimizer, every vector shorter than the floor is set to it, with no effect on the loss.
+
+    Args:
+        directions: What has no effect but by its direction; see `PromptTuner.directions`.
+        optimizer: The optimizer, of any kind. A hook is put on its `step`.
+        floor: Least length divided by the root of the number of elements (root mean square), above 0.
+    """
+
+    def __init__(self, directions: Sequence[Direction], optimizer: torch.optim.Optimizer, floor: float):
+        self.directions = list(directions)
+        self.floor = floor
+        optimizer.register_step_post_hook(self._lift)
+
+    @torch.no_grad()
+    def _lift(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        for direction in self.directions:
+            length = length_of(direction.tensors, direction.by_row)
+            # Nothing makes a direction of zeros.
+            factor = (self.floor * direction.unit / length).clamp_min(1).masked_fill(length == 0, 1)
+            for tensor in direction.tensors:
+                tensor.mul_(spread(factor, tensor))
+
+
 def turn_prompts(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel | PeftModel,
     args: TrainingArguments,
     is_whole: bool = True,
-) -> DirectionalSteps | None:
-    """Do what `prompt_norm` and `prompt_angle` ask for; nothing where neither is set.
+) -> None:
+    """Do what `prompt_norm`, `prompt_angle` and `prompt_norm_floor` ask for; nothing where none is set.
 
     Args:
         optimizer: The optimizer, with its groups.
         model: The model whose prompts turn.
-        args: `prompt_norm`, `prompt_angle` and `seed` are read.
+        args: These three and `seed` are read.
         is_whole: Whether the optimizer works on the model's own parameters.
 
     Raises:
         ValueError: There is nothing to turn, or DeepSpeed keeps the weights.
     """
-    if args.prompt_norm is None and args.prompt_angle is None:
-        return None
-    asked = "prompt_norm" if args.prompt_angle is None else "prompt_angle"
+    asked = next(
+        (n for n in ("prompt_angle", "prompt_norm", "prompt_norm_floor") if getattr(args, n) is not None), None
+    )
+    if asked is None:
+        return
     directions = directions_of(model)
     if not directions:
         raise ValueError(
-            f"Found {asked} and nothing that it could turn. It needs deep prompts behind a norm, whose length has no "
+            f"Found {asked} and nothing that it is for. It needs deep prompts behind a norm, whose length has no "
             f"effect: leave {asked} out for shallow or pooled prompts, Swin-v2 and baselines."
         )
     if not is_whole:
@@ -144,8 +172,11 @@ def turn_prompts(
             f"Found {asked} and DeepSpeed, whose optimizer keeps weights of its own. Launch with "
             "configs/accelerate/ddp.yaml or configs/accelerate/fsdp2.yaml."
         )
+    if args.prompt_norm_floor is not None:
+        LengthFloor(directions, optimizer, args.prompt_norm_floor)
+        return
     norm = 1.0 if args.prompt_norm is None else args.prompt_norm
-    return DirectionalSteps(directions, optimizer, norm, angle=args.prompt_angle is not None, seed=args.seed)
+    DirectionalSteps(directions, optimizer, norm, angle=args.prompt_angle is not None, seed=args.seed)
 
 
 def dot(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor], by_row: bool) -> torch.Tensor:
@@ -174,7 +205,7 @@ def _normalize(direction: Direction, norm: float, generator: torch.Generator | N
                 noise = distribute_tensor(noise, tensor.device_mesh, tensor.placements)
             tensor.add_(spread(length == 0, tensor) * noise)
         length = length_of(tensors, by_row)
-    wanted = norm * math.sqrt(sum((tensor[0] if by_row else tensor).numel() for tensor in tensors))
+    wanted = norm * direction.unit
     tolerance = max(TOLERANCE, torch.finfo(tensors[0].dtype).eps)
     factor = torch.where((length / wanted - 1).abs() > tolerance, wanted / length, 1.0)
     for tensor in tensors:

@@ -60,10 +60,9 @@ class StepRecorder(TrainerCallback):
             gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
             self._before.append([tensor.detach().clone() for tensor in tensors])
             length, slope = length_of(tensors, by_row), length_of(gradients, by_row)
-            elements = sum((tensor[0] if by_row else tensor).numel() for tensor in tensors)
             cosine = dot(gradients, tensors, by_row) / (slope * length).clamp_min(torch.finfo(length.dtype).tiny)
             own = self.steps["directions"].setdefault(names[id(tensors[0])], {})
-            values = {"length": length / elements**0.5, "cosine": cosine.abs(), "gradient": slope * length}
+            values = {"length": length / direction.unit, "cosine": cosine.abs(), "gradient": slope * length}
             for key, value in values.items():
                 own.setdefault(key, []).append(value.mean().item())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,6 +50,11 @@ class Direction:
     def tensors(self) -> list[nn.Parameter]:
         """The tensors that the module has now; FSDP puts others in their place."""
         return [getattr(self.module, name) for name in self.names]
+
+    @property
+    def unit(self) -> float:
+        """Length of a vector whose elements have a root mean square of 1."""
+        return math.sqrt(sum((tensor[0] if self.by_row else tensor).numel() for tensor in self.tensors))
 
 
 class Prompts(nn.Module):
