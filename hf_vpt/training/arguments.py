@@ -185,8 +185,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.prompt_norm_floor is not None and (self.prompt_norm or self.prompt_angle):
             other = "prompt_norm" if self.prompt_norm else "prompt_angle"
             raise ValueError(
-                f"prompt_norm_floor is set beside {other}, which keeps the length of prompts as it is. Only one of them "
-                "can be: leave prompt_norm_floor out."
+                f"prompt_norm_floor is set beside {other}, which keeps the length of prompts as it is. Only one of "
+                "them can be: leave prompt_norm_floor out."
             )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
