@@ -232,6 +232,8 @@ def test_a_floor_lifts_what_has_become_too_short_and_nothing_else(table, optimiz
     [
         ("--prompt_angle 0", "prompt_angle is 0.*above 0 and at most"),
         ("--prompt_angle 2", "prompt_angle is 2.*right angle"),
+        ("--prompt_final_angle 0.1", "prompt_final_angle is 0.1 and prompt_angle None.*set both"),
+        ("--prompt_angle 0.1 --prompt_final_angle 0.2", "prompt_final_angle is 0.2 and prompt_angle 0.1.*set both"),
         ("--prompt_norm 0", "prompt_norm is 0.*above 0"),
         ("--prompt_norm_floor -1", "prompt_norm_floor is -1.*above 0"),
         ("--prompt_norm_floor 1 --prompt_angle 0.1", "prompt_norm_floor is set beside prompt_angle.*leave"),

@@ -82,6 +82,8 @@ class TrainingArguments(transformers.TrainingArguments):
             does not touch them. For what has no effect but by its direction (deep prompts behind a norm): see
             `DirectionalSteps` and docs/learning_rate.md. `learning_rate` then is for the head and for the rest of an
             adapter. Default: prompts are added to, as published.
+        prompt_final_angle: The angle falls geometrically from `prompt_angle`, after warm-up, to this one at the end,
+            so that `prompt_angle` may be much too large. Default: it follows `lr_scheduler_type`.
         prompt_norm: Length at which such prompts are kept, as root mean square of their elements. Without
             `prompt_angle`, steps are those of `learning_rate`, without their part along the prompt. Default: 1 with
             `prompt_angle`, else prompts may grow and shrink.
@@ -129,6 +131,9 @@ class TrainingArguments(transformers.TrainingArguments):
     norm_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of trained norms."})
     norm_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of trained norms."})
     prompt_angle: float | None = field(default=None, metadata={"help": "Angle by which prompts turn in a step."})
+    prompt_final_angle: float | None = field(
+        default=None, metadata={"help": "Angle at the end, reached geometrically."}
+    )
     prompt_norm: float | None = field(default=None, metadata={"help": "Length at which prompts are kept."})
     prompt_norm_floor: float | None = field(default=None, metadata={"help": "Least length of prompts."})
     lr_schedule_unit: ScheduleUnit = field(
@@ -178,6 +183,11 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(
                 f"prompt_angle is {self.prompt_angle:g}. It is in radians and must be above 0 and at most π/2, a "
                 "right angle: correct it, for example to 0.1, or leave it out."
+            )
+        if self.prompt_final_angle is not None and not 0 < self.prompt_final_angle <= (self.prompt_angle or 0):
+            raise ValueError(
+                f"prompt_final_angle is {self.prompt_final_angle:g} and prompt_angle {self.prompt_angle}. Angles fall "
+                "from prompt_angle to prompt_final_angle, above 0: set both, such as 0.3 and 0.003, or neither."
             )
         for name in ("prompt_norm", "prompt_norm_floor"):
             if (value := getattr(self, name)) is not None and not value > 0:

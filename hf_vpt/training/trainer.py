@@ -23,8 +23,8 @@ from .epochs import SetEpoch
 from .identity import RunIdentity
 from .mixing import make_mixer
 from .models import save_label_names
-from .optimizer import group_by_role
-from .schedule import hold_within_epochs
+from .optimizer import directions_of, group_by_role
+from .schedule import fall_geometrically, hold_within_epochs
 from .sharding import names_in_optimizer, replace_in_optimizer, shard_blocks
 from .trouble import raise_if_not_finite
 
@@ -176,6 +176,12 @@ class ImageClassificationTrainer(transformers.Trainer):
         if self.is_fsdp_enabled:
             replace_in_optimizer(self.optimizer, self.model, self._names_in_optimizer)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.prompt_final_angle is not None:
+            tensors = {id(t) for d in directions_of(self.accelerator.unwrap_model(self.model)) for t in d.tensors}
+            groups = self.optimizer.param_groups
+            turning = [i for i, group in enumerate(groups) if any(id(p) in tensors for p in group["params"])]
+            ends = dict.fromkeys(turning, self.args.prompt_final_angle)
+            fall_geometrically(scheduler, ends, self.args.get_warmup_steps(num_training_steps), num_training_steps)
         if is_new and self.args.lr_schedule_unit == "epoch":
             hold_within_epochs(scheduler, self.args.get_steps_per_epoch(num_training_steps))
         return scheduler
