@@ -1,6 +1,7 @@
 """What the loss feels the direction of alone, and steps that turn it."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -10,7 +11,17 @@ from peft import get_peft_model
 from torch import nn
 
 from hf_vpt import VAPTConfig, VPTConfig
-from hf_vpt.training import DirectionalSteps, LengthFloor, build_trainer, directions_of, parse_arguments
+from hf_vpt.training import (
+    DirectionalSteps,
+    ImageClassificationTrainer,
+    LengthFloor,
+    StepRecorder,
+    TrainingArguments,
+    build_trainer,
+    directions_of,
+    parse_arguments,
+)
+from hf_vpt.training.steps import STEPS_FILE
 from hf_vpt.tuners.base import Direction
 
 
@@ -274,3 +285,27 @@ def test_a_prompt_that_was_scaled_down_as_it_moved_turns_like_the_others(pixel_v
     # Per slope: SGD turns by lr / length² of it.
     assert turns["free"][0] / turns["free"][1] > 1e5
     torch.testing.assert_close(turns["turned"], torch.full((2,), 1e-3).double(), rtol=1e-3, atol=0)
+
+
+def test_what_is_recorded_of_a_step_of_gradient_descent_is_the_formula(tmp_path):
+    """tan(turn) = η·‖g‖·‖p‖ / ‖p‖², and ‖p‖² grows by η²‖g‖²."""
+    model = get_peft_model(BACKBONES["vit"].build(), VPTConfig(num_virtual_tokens=1))
+    without_eps(model)
+    torch.manual_seed(0)
+    images = [{"pixel_values": torch.randn(3, 32, 48), "labels": index % 5} for index in range(8)]
+    settings = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True}
+    settings |= {"optim": "sgd", "learning_rate": 2.0, "max_grad_norm": 0.0, "num_train_epochs": 3}
+    arguments = TrainingArguments(output_dir=str(tmp_path), disable_tqdm=True, **settings)
+    recorder = StepRecorder()
+    ImageClassificationTrainer(model, arguments, train_dataset=images, callbacks=[recorder]).train()
+    assert json.loads((tmp_path / STEPS_FILE).read_text()) == recorder.steps
+    assert len(recorder.steps["directions"]) == 3 and len(recorder.steps["loss"]) == 3
+    for values in recorder.steps["directions"].values():
+        assert max(values["cosine"]) < 1e-4
+        for step in range(3):
+            rate, length = recorder.steps["learning_rate"][step], values["length"][step] * 16**0.5
+            tangent = rate * values["gradient"][step] / length**2
+            assert values["turn"][step] == pytest.approx(math.atan(tangent), rel=1e-3)
+            if step < 2:
+                longer = values["length"][step + 1] * 16**0.5
+                assert longer == pytest.approx(length * (1 + tangent**2) ** 0.5, rel=1e-4)
