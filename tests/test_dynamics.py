@@ -111,8 +111,9 @@ def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestco
     words = point.words(pytestconfig.rootpath / "configs", tmp_path)
     training = grid.parse_arguments(words).training
     assert training.optim.value.startswith("sgd" if "adamw" not in treatment else "adamw")
-    assert (training.prompt_angle == 0.05) == treatment.endswith("_angle")
-    assert (training.learning_rate == 0.05) != treatment.endswith("_angle")
+    assert (training.prompt_angle == 0.05) == treatment.endswith(("_angle", "_fall"))
+    assert (training.prompt_final_angle is not None) == treatment.endswith("_fall")
+    assert (training.learning_rate == 0.05) != treatment.endswith(("_angle", "_fall"))
     assert (training.prompt_norm_floor is not None) == treatment.endswith("_floor")
     assert (training.prompt_norm == 1) == treatment.endswith("_norm")
     assert (training.head_learning_rate == 0.05) == (treatment == "published")

@@ -38,7 +38,7 @@ def plot_learning_rates(rows: Sequence[Mapping[str, Any]], path: str | Path, tol
             label = f"{treatment}, decay {decay:g}" if decay else treatment
             colour = colours.setdefault(label, f"C{len(colours)}")
             scores = {rate: 100 * score for rate, score in scores_by_rate(own).items()}
-            style = "--" if treatment.endswith(("_angle", "_norm")) else "-"
+            style = "--" if treatment.endswith(("_angle", "_fall", "_norm")) else "-"
             axis.plot(list(scores), list(scores.values()), style, color=colour, marker=".", label=label)
             good = [rate for rate in scores if scores[rate] >= max(scores.values()) - 100 * tolerance]
             axis.plot(good, [scores[rate] for rate in good], "o", color=colour)
