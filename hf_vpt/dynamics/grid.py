@@ -19,19 +19,19 @@ from ..training.steps import STEPS_FILE
 
 RUN_FILE = "run.json"
 
-# Words for scripts/train.py; {rate} is what varies. The head's own learning rates are those of configs/ for AdamW, and
-# for SGD one at which the linear probe learns well.
+# Words for scripts/train.py; {rate} is what varies. The head's own learning rate is that of configs/ for AdamW, and for
+# SGD one at which it does not make spikes of its own (0.3 does).
 _SGD = "--optim sgd --optim_args momentum=0.9"
 _FALL = "--prompt_final_angle 0.003"
 TREATMENTS = {
     # One learning rate for prompts and head, as in the published code.
     "published": f"{_SGD} --learning_rate {{rate}} --head_learning_rate {{rate}}",
-    "sgd": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3",
-    "sgd_norm": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3 --prompt_norm 1",
-    "sgd_angle": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.3 --prompt_angle {{rate}}",
+    "sgd": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03",
+    "sgd_norm": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03 --prompt_norm 1",
+    "sgd_angle": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.03 --prompt_angle {{rate}}",
     # From the angle down to 0.003 radians, by the same factor in every step.
-    "sgd_fall": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.3 --prompt_angle {{rate}} {_FALL}",
-    "sgd_floor": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.3 --prompt_norm_floor 0.1",
+    "sgd_fall": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.03 --prompt_angle {{rate}} {_FALL}",
+    "sgd_floor": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03 --prompt_norm_floor 0.1",
     "adamw": "--learning_rate {rate} --head_learning_rate 0.01",
     "adamw_norm": "--learning_rate {rate} --head_learning_rate 0.01 --prompt_norm 1",
     "adamw_angle": "--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {rate}",
