@@ -309,3 +309,28 @@ def test_what_is_recorded_of_a_step_of_gradient_descent_is_the_formula(tmp_path)
             if step < 2:
                 longer = values["length"][step + 1] * 16**0.5
                 assert longer == pytest.approx(length * (1 + tangent**2) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_with_weight_decay_random_gradients_turn_prompts_by_the_predicted_angle(optimizer):
+    """√(2ηλ/(1+μ)) for SGD, √(2ηλ(1−β₁)/(1+β₁)) for AdamW: docs/learning_rate.md."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(8, 512, dtype=torch.float64))
+    rate, decay = (0.5, 0.05) if optimizer == "sgd" else (0.05, 0.5)
+    if optimizer == "sgd":
+        made = torch.optim.SGD([p], lr=rate, momentum=0.9, weight_decay=decay)
+        expected = math.sqrt(2 * rate * decay / 1.9)
+    else:
+        made = torch.optim.AdamW([p], lr=rate, weight_decay=decay)
+        expected = math.sqrt(2 * rate * decay * 0.1 / 1.9)
+    turns = []
+    for _ in range(400):
+        before = p.detach().clone()
+        random = torch.randn_like(p)
+        unit = before / before.norm(dim=1, keepdim=True)
+        tangent = random - (random * unit).sum(1, keepdim=True) * unit
+        p.grad = tangent / before.norm(dim=1, keepdim=True)  # a slope that does not depend on the length
+        made.step()
+        turns.append(angles_between(before, p.detach()))
+    late = torch.stack(turns[200:]).square().mean().sqrt().item()
+    assert late == pytest.approx(expected, rel=0.05)
