@@ -19,9 +19,10 @@ from ..training.steps import STEPS_FILE
 
 RUN_FILE = "run.json"
 
-# Words for scripts/train.py; {rate} is what varies. The head's own learning rate is that of configs/ for AdamW, and for
-# SGD one at which it does not make spikes of its own (0.3 does).
-_SGD = "--optim sgd --optim_args momentum=0.9"
+# Words for scripts/train.py; {rate} is what varies. The head's own learning rate is that of configs/ for AdamW, and
+# for SGD one at which it does not make spikes of its own (0.3 does). SGD's gradients are not clipped, as in the
+# published runs of VPT.
+_SGD = "--optim sgd --optim_args momentum=0.9 --max_grad_norm 0"
 _FALL = "--prompt_final_angle 0.003"
 TREATMENTS = {
     # One learning rate for prompts and head, as in the published code.
