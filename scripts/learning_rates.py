@@ -36,8 +36,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     report.add_argument("folder", help="folder of runs, or the runs.jsonl of an earlier report")
     report.add_argument("--output_dir", default=".", help="folder of pictures and runs.jsonl")
     report.add_argument("--courses", nargs="+", default=[], help="folders of single runs, to be drawn step by step")
-    own, _, more = " ".join(argv).partition(" -- ")
-    return parser.parse_args(own.split()), more.split()
+    end = argv.index("--") if "--" in argv else len(argv)
+    return parser.parse_args(argv[:end]), argv[end + 1 :]
 
 
 def main() -> None:

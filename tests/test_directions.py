@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import ADAPTERS, BACKBONES, output_of
+from conftest import ADAPTERS, BACKBONES, IMAGE_SIZE, output_of
 from peft import get_peft_model
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_vpt import VAPTConfig, VPTConfig
 from hf_vpt.training import (
@@ -21,6 +22,7 @@ from hf_vpt.training import (
     directions_of,
     parse_arguments,
 )
+from hf_vpt.training.directions import turn_prompts
 from hf_vpt.training.steps import STEPS_FILE
 from hf_vpt.tuners.base import Direction
 
@@ -80,24 +82,22 @@ def test_the_gradient_of_a_direction_is_orthogonal_to_it_and_grows_as_it_shrinks
     slopes = []
     for factor in (1.0, 0.1):
         with torch.no_grad():
-            for direction in directions_of(model):
+            for direction in directions_of(model)[:1]:
                 for tensor in direction.tensors:
                     tensor.mul_(factor)
         model.zero_grad()
         output_of(model, pixel_values.double()).square().mean().backward()
         for direction in directions_of(model):
-            tensors = [tensor.detach() for tensor in direction.tensors]
-            gradients = [tensor.grad for tensor in direction.tensors]
-            inner, length, slope = (
-                sum((a * b).sum() for a, b in zip(left, right)).item()
-                for left, right in ((tensors, gradients), (tensors, tensors), (gradients, gradients))
-            )
-            assert slope > 0
-            assert abs(inner) < 1e-8 * math.sqrt(length * slope)
-        slopes.append([tensor.grad for direction in directions_of(model) for tensor in direction.tensors])
-    if name != "bpt_deep":  # whose two factors have both become shorter
-        for first, second in zip(*slopes):
-            torch.testing.assert_close(second, 10 * first, rtol=1e-6, atol=1e-12)
+            rows = [t.reshape(len(t) if direction.by_row else 1, -1) for t in direction.tensors]
+            gradients = [t.grad.reshape(len(row), -1) for t, row in zip(direction.tensors, rows)]
+            rows, gradients = torch.cat(rows, 1).detach(), torch.cat(gradients, 1)
+            assert (gradients.norm(dim=1) > 0).all()
+            cosines = nn.functional.cosine_similarity(rows, gradients, dim=1)
+            assert cosines.abs().max() < 1e-8
+        slopes.append([[tensor.grad for tensor in direction.tensors] for direction in directions_of(model)])
+    for number, (first, second) in enumerate(zip(*slopes)):
+        for before, after in zip(first, second):
+            torch.testing.assert_close(after, (1 if number else 10) * before, rtol=1e-6, atol=1e-12)
 
 
 @torch.no_grad()
@@ -116,9 +116,39 @@ def test_with_an_activation_that_feels_lengths_vapt_has_its_static_prompts_alone
     assert [d.names for d in directions_of(model)] == [("prompt_embeddings",)]
 
 
-def test_pooled_prompts_and_frozen_adapters_have_no_directions():
-    swin = get_peft_model(BACKBONES["swin"].build(), VPTConfig(num_virtual_tokens=2, pool_prompts=True))
-    assert directions_of(swin) == []
+@torch.no_grad()
+@pytest.mark.parametrize("block", range(4))
+def test_of_pooled_prompts_those_of_the_last_block_alone_are_felt_by_their_length(block):
+    config = VPTConfig(num_virtual_tokens=2, pool_prompts=True, init_weights=False, modules_to_save=[])
+    model = without_eps(get_peft_model(BACKBONES["swin"].build(), config).double().eval())
+    images = torch.randn(2, 3, *IMAGE_SIZE, dtype=torch.float64)
+    before = output_of(model, images)
+    prompts = model.base_model.prompts()[block]
+    prompts.prompt_embeddings.mul_(2)
+    change = (output_of(model, images) - before).abs().max()
+    assert (change > 1e-4) if block == 3 else (change < 1e-9)
+    assert any(d.module is prompts for d in directions_of(model)) == (block != 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("backbone", "adapter", "tensor"),
+    [
+        ("vit", "vpt_shallow", "prompt_embeddings"),
+        ("vit", "bpt_shallow", "factor_prompts"),
+        ("swinv2", "vpt_deep", "prompt_embeddings"),
+        ("vit", "vpt_projected", "prompt_embeddings"),
+    ],
+)
+def test_what_is_no_direction_is_felt_by_its_length(backbone, adapter, tensor, pixel_values):
+    model = adapted(BACKBONES[backbone], ADAPTERS[adapter])
+    before = output_of(model, pixel_values.double())
+    model.base_model.prompts()[0].get_parameter(tensor).mul_(2)
+    assert (output_of(model, pixel_values.double()) - before).abs().max() > 1e-6
+    assert not any(tensor in direction.names for direction in directions_of(model))
+
+
+def test_frozen_adapters_have_no_directions():
     model = get_peft_model(BACKBONES["vit"].build(), VPTConfig(num_virtual_tokens=2))
     assert len(directions_of(model)) == 3
     model.base_model.set_adapter("default", inference_mode=True)
@@ -265,26 +295,117 @@ def test_options_for_prompts_are_refused_where_no_prompt_has_a_direction_alone(o
         trainer.create_optimizer()
 
 
-def test_a_prompt_that_was_scaled_down_as_it_moved_turns_like_the_others(pixel_values):
-    """As published a factor of 1e-3 makes the next turn of Adam a thousand times as large, that of SGD a million."""
-    turns = {}
-    for name, angle in (("free", False), ("turned", True)):
-        model = adapted(BACKBONES["vit"], ADAPTERS["provpt"])
-        directions = directions_of(model)
-        optimizer = torch.optim.SGD([t for d in directions for t in d.tensors], lr=1e-3 if angle else 1e-9)
-        if angle:
-            DirectionalSteps(directions, optimizer, angle=True)
-        pool = model.base_model.pool()
-        pool[0].move(0, 1, 1e-3)
-        table = pool[0].prompt_embeddings
-        before = table.detach().clone()
-        output_of(model, pixel_values.double()).square().mean().backward()
-        slopes = table.grad.norm(dim=1) * before.norm(dim=1)
-        optimizer.step()
-        turns[name] = angles_between(before, table.detach()) / (1 if angle else slopes)
-    # Per slope: SGD turns by lr / length² of it.
-    assert turns["free"][0] / turns["free"][1] > 1e5
-    torch.testing.assert_close(turns["turned"], torch.full((2,), 1e-3).double(), rtol=1e-3, atol=0)
+@pytest.mark.parametrize(("option", "length"), [("prompt_angle", 1.0), ("prompt_norm", 0.5)])
+def test_a_prompt_that_moves_keeps_its_length_where_lengths_are_fixed(option, length, tmp_path):
+    words = "--method provpt --num_virtual_tokens 2 --score attention --scoring online --use_cpu --num_train_epochs 3"
+    words += f" --eval_strategy no --save_strategy no --no_load_best_model_at_end --{option} 0.5 --disable_tqdm 1"
+    words += " --images_per_class 2 --per_device_train_batch_size 10"
+    trainer, _ = build_trainer(parse_arguments([*words.split(), "--output_dir", str(tmp_path)]))
+    tuner, lengths = trainer.model.base_model, []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            lengths.extend(p.prompt_embeddings.detach().square().mean(1).sqrt() for p in tuner.pool())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    moves = json.loads((tmp_path / "relocations.json").read_text())
+    assert any(move["target"] not in (None, move["source"]) for move in moves)
+    torch.testing.assert_close(torch.cat(lengths), torch.full((sum(map(len, lengths)),), length), rtol=2e-5, atol=0)
+
+
+def test_idleness_by_length_is_refused_where_lengths_are_fixed(tmp_path):
+    words = ["--method", "provpt", "--score", "norm", "--output_dir", str(tmp_path), "--use_cpu", "--prompt_norm", "1"]
+    trainer, _ = build_trainer(parse_arguments(words))
+    with pytest.raises(ValueError, match=r"prompt_norm and score='norm'.*use score='attention'"):
+        trainer.create_optimizer()
+
+
+def test_deepspeed_is_refused(tmp_path):
+    model = get_peft_model(BACKBONES["vit"].build(), VPTConfig(num_virtual_tokens=2))
+    arguments = TrainingArguments(output_dir=str(tmp_path), prompt_angle=0.1, use_cpu=True)
+    with pytest.raises(ValueError, match="prompt_angle and DeepSpeed.*fsdp2.yaml"):
+        turn_prompts(torch.optim.SGD(model.parameters()), model, arguments, uses_deepspeed=True)
+
+
+def test_an_optimizer_of_ones_own_does_not_turn_prompts_silently(tmp_path):
+    model = get_peft_model(BACKBONES["vit"].build(), VPTConfig(num_virtual_tokens=2))
+    arguments = TrainingArguments(output_dir=str(tmp_path), prompt_angle=0.1, use_cpu=True)
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ValueError, match="optimizer of your own.*leave `optimizers` out"):
+        ImageClassificationTrainer(model, arguments, eval_dataset=[], optimizers=optimizers)
+
+
+def test_a_closure_which_would_see_no_prompts_is_refused(table):
+    direction, loss = table
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.1)
+    DirectionalSteps([direction], optimizer)
+    with pytest.raises(ValueError, match=r"optimizer.step\(closure\).*call step\(\) without"):
+        optimizer.step(loss)
+
+
+def test_a_step_that_ends_with_an_error_loses_no_prompt(table, monkeypatch):
+    direction, loss = table
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.1)
+    DirectionalSteps([direction], optimizer, angle=True)
+    before = direction.module.weight.detach().clone()
+    loss().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.sgd, "sgd", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    optimizer.step()
+    angles = angles_between(before, direction.module.weight.detach())
+    torch.testing.assert_close(angles, torch.full((3,), 0.1).double(), rtol=1e-3, atol=0)
+
+
+def test_an_optimizer_turns_directions_once_and_must_have_them(table):
+    direction, loss = table
+    optimizer = torch.optim.SGD(direction.module.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="1 tensors of directions that the optimizer does not have"):
+        DirectionalSteps([direction], torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+    steps = DirectionalSteps([direction], optimizer)
+    with pytest.raises(ValueError, match="turns directions already.*call `remove`"):
+        DirectionalSteps([direction], optimizer)
+    steps.remove()
+    p = direction.module.weight.detach().clone()
+    loss().backward()
+    optimizer.step()
+    torch.testing.assert_close(direction.module.weight.detach(), p - 0.1 * direction.module.weight.grad)
+    floor = LengthFloor([direction], optimizer, 5.0)
+    torch.testing.assert_close(direction.module.weight.square().mean(1).sqrt().detach(), torch.full((3,), 5.0))
+    floor.remove()
+    DirectionalSteps([direction], optimizer)
+
+
+@pytest.mark.parametrize("name", ["vpt_deep", "vpt_projected", "vapt", "bpt_deep", "provpt"])
+@pytest.mark.parametrize("option", ["angle", "norm", "floor"])
+def test_a_run_does_to_prompts_what_its_options_say(name, option, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(BACKBONES["vit"].build(), ADAPTERS[name].config(modules_to_save=None))
+    images = [{"pixel_values": torch.randn(3, *IMAGE_SIZE), "labels": index % 5} for index in range(8)]
+    settings = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "use_cpu": True}
+    settings |= {"learning_rate": 0.3, "num_train_epochs": 6, "warmup_epochs": 2, "disable_tqdm": True}
+    settings |= {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0 if option == "angle" else 1.0}
+    settings |= {
+        "angle": {"prompt_angle": 0.2, "prompt_norm": 2.0, "prompt_final_angle": 0.02},
+        "norm": {"prompt_norm": 2.0},
+        "floor": {"prompt_norm_floor": 0.07, "lr_scheduler_type": "constant"},
+    }[option]
+    recorder = StepRecorder()
+    arguments = TrainingArguments(output_dir=str(tmp_path), **settings)
+    ImageClassificationTrainer(model, arguments, train_dataset=images, callbacks=[recorder]).train()
+    for values in recorder.steps["directions"].values():
+        if option == "angle":
+            expected = [0, 0.1, 0.2, 0.2 * 0.1**0.25, 0.2 * 0.1**0.5, 0.2 * 0.1**0.75]
+            assert values["turn"] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert values["learning_rate"] == pytest.approx(expected)
+        elif option == "norm":
+            assert len(set(values["turn"])) > 3
+        if option != "floor":
+            assert values["length"] == pytest.approx([2.0] * 6, rel=2e-5)
+        else:  # weight decay of 0.3 in each step
+            assert min(values["length"]) > 0.0699 and values["length"][-1] < 0.2
 
 
 def test_what_is_recorded_of_a_step_of_gradient_descent_is_the_formula(tmp_path):
@@ -303,7 +424,7 @@ def test_what_is_recorded_of_a_step_of_gradient_descent_is_the_formula(tmp_path)
     for values in recorder.steps["directions"].values():
         assert max(values["cosine"]) < 1e-4
         for step in range(3):
-            rate, length = recorder.steps["learning_rate"][step], values["length"][step] * 16**0.5
+            rate, length = values["learning_rate"][step], values["length"][step] * 16**0.5
             tangent = rate * values["gradient"][step] / length**2
             assert values["turn"][step] == pytest.approx(math.atan(tangent), rel=1e-3)
             if step < 2:

@@ -65,15 +65,30 @@ class Point:
 
     @property
     def folder(self) -> Path:
-        name = f"{self.rate:g}_{self.weight_decay:g}_{self.seed}"
+        name = f"{_short(self.rate)}_{_short(self.weight_decay)}_{self.seed}"
         return Path(self.data, self.method, self.treatment, name)
 
     def words(self, configs: Path, output_dir: Path) -> list[str]:
-        """The run's command line for `scripts/train.py`."""
-        config = configs / self.method / ("digits.yaml" if self.data == "digits" else "drawn.yaml")
+        """The run's command line for `scripts/train.py`.
+
+        Raises:
+            ValueError: There is no configuration for the data set in `configs/<method>/`.
+        """
+        kind = self.data.partition("/")[0]
+        config = configs / self.method / f"{kind}.yaml"
+        if not config.is_file():
+            raise ValueError(
+                f"Found the data set '{self.data}' and no file '{config}'. A grid takes a method's settings from the "
+                "file named like the data set or its group: add one, or use digits or drawn/<task>."
+            )
         own = TREATMENTS[self.treatment].format(rate=self.rate)
         own += f" --weight_decay {self.weight_decay} --head_weight_decay 0 --seed {self.seed} {_COMMON}"
-        return f"--config {config} --dataset_name {self.data} --output_dir {output_dir} {own}".split()
+        where = ["--config", str(config), "--dataset_name", self.data, "--output_dir", str(output_dir)]
+        return [*where, *own.split()]
+
+
+def _short(value: float) -> str:
+    return str(value).removesuffix(".0")
 
 
 def points_of(
@@ -98,8 +113,8 @@ def run_grid(
 ) -> None:
     """Train each point that nobody has trained yet. Several processes may share a folder; killed, each goes on.
 
-    A run leaves `run.json` (the point, its test accuracy, and `diverged` if its loss became no number) and
-    `steps.json` in its folder.
+    A run leaves `run.json` (the point, the words for all runs, its test accuracy, and `diverged` if its loss became no
+    number) and `steps.json` in its folder.
 
     Args:
         points: What to train.
@@ -107,6 +122,9 @@ def run_grid(
         configs: The folder `configs` of the repository.
         more: Words of the command line for all runs.
         report: Gets a line after each run.
+
+    Raises:
+        ValueError: A run in the folder was trained with other words.
     """
     shared = SharedLoader()
     for number, point in enumerate(points, start=1):
@@ -115,10 +133,11 @@ def run_grid(
         try:
             with FileLock(output_dir / "lock", timeout=0):
                 if (output_dir / RUN_FILE).exists():
+                    _check_words(output_dir / RUN_FILE, more)
                     continue
                 outcome = _train([*point.words(configs, output_dir), *more], shared)
-                text = json.dumps(asdict(point) | outcome) + "\n"
-                write_whole(output_dir / RUN_FILE, text)
+                text = json.dumps(asdict(point) | {"words": list(more)} | outcome)
+                write_whole(output_dir / RUN_FILE, text + "\n")
         except Timeout:
             continue  # another process is at it
         report(f"[{number}/{len(points)}] {point.folder}: {outcome}")
@@ -132,6 +151,15 @@ def _train(words: Sequence[str], shared: SharedLoader) -> dict[str, Any]:
     finally:
         gc.collect()
     return {"test_accuracy": metrics["test_accuracy"], "diverged": None}
+
+
+def _check_words(path: Path, more: Sequence[str]) -> None:
+    known = json.loads(path.read_text(encoding="utf-8")).get("words", [])
+    if known != list(more):
+        raise ValueError(
+            f"Found '{path}' of a run with the words {' '.join(known) or 'none'}, and now {' '.join(more) or 'none'}. "
+            "Runs of a folder must compare: use another folder, or the same words."
+        )
 
 
 def read_runs(folder: str | Path) -> Iterator[dict[str, Any]]:

@@ -31,9 +31,10 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     steps, row = run.get("steps"), {name: value for name, value in run.items() if name != "steps"}
     if not steps or not steps["loss"] or not steps["directions"]:
         return row
-    warmup = max(range(len(steps["loss"])), key=lambda step: steps["learning_rate"][step])
-    half = (warmup + len(steps["loss"])) // 2
     directions = steps["directions"].values()
+    rates = next(iter(directions))["learning_rate"]
+    warmup = rates.index(max(rates))
+    half = (warmup + len(rates)) // 2
 
     def at(name: str, step: int) -> float:
         return statistics.median(d[name][min(step, len(d[name]) - 1)] for d in directions)
@@ -42,7 +43,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "spikes": len(find_spikes(steps["loss"], warmup)),
         "largest_rise": largest_rise(steps["loss"], warmup),
         "length": [at("length", 0), at("length", len(steps["loss"]) - 1)],
-        "turn": [at("turn", warmup + 1), at("turn", half)],
+        "turn": [at("turn", warmup), at("turn", half)],
         "cosine": max(max(direction["cosine"]) for direction in directions),
     }
 
@@ -86,7 +87,7 @@ def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
     """Markdown: for each method, data set and treatment the best accuracy, where it is, and how wide the region is.
 
     Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, and of the best one of
-    all treatments on that data.
+    all treatments of the method on that data.
     """
     titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
     titles += ["width, best of all", "largest rise of the loss"]

@@ -77,11 +77,11 @@ class TrainingArguments(transformers.TrainingArguments):
         norm_learning_rate: Learning rate of trained normalisation layers outside the head: VAPT's own, or all of them
             in full fine-tuning. Default: that of everything else.
         norm_weight_decay: Weight decay of their weights (biases have none). Default: none.
-        prompt_angle: Angle in radians, above 0 and at most π/2, by which each prompt turns in a step; it follows the
-            schedule and takes the place of the learning rate, whatever the batch. Lengths stay fixed, and weight decay
-            does not touch them. For what has no effect but by its direction (deep prompts behind a norm): see
-            `DirectionalSteps` and docs/learning_rate.md. `learning_rate` then is for the head and for the rest of an
-            adapter. Default: prompts are added to, as published.
+        prompt_angle: Angle in radians, above 0 and at most π/2, by which each prompt (for VAPT and BPT, what makes it)
+            turns in a step; it follows the schedule and takes the place of the learning rate, whatever the batch.
+            Lengths stay fixed, and weight decay does not touch them. For what has no effect but by its direction (deep
+            prompts behind a norm): see `DirectionalSteps` and docs/learning_rate.md. `learning_rate` then is for the
+            head and for the rest of an adapter. Default: prompts are added to, as published.
         prompt_final_angle: The angle falls geometrically from `prompt_angle`, after warm-up, to this one at the end,
             so that `prompt_angle` may be much too large. Default: it follows `lr_scheduler_type`.
         prompt_norm: Length at which such prompts are kept, as root mean square of their elements. Without
@@ -218,6 +218,16 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"lr_schedule_unit is 'epoch' and max_steps {self.max_steps}. A schedule by epochs needs a run "
                 "counted in epochs: set num_train_epochs instead of max_steps, or leave lr_schedule_unit out."
             )
+
+    @property
+    def fixes_lengths(self) -> bool:
+        """Whether prompts keep their length while training."""
+        return self.prompt_norm is not None or self.prompt_angle is not None
+
+    @property
+    def turns_prompts(self) -> bool:
+        """Whether something is done about the length of prompts."""
+        return self.fixes_lengths or self.prompt_norm_floor is not None
 
     @property
     def global_batch_size(self) -> int:

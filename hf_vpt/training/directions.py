@@ -40,9 +40,12 @@ class DirectionalSteps:
     3. With `angle`, p turns towards Δ by the learning rate θ of its group, in radians:
        p ← cos θ·p + sin θ·‖p‖·Δ / ‖Δ‖. Without, p ← ‖p‖·(p + Δ) / ‖p + Δ‖.
 
-    θ follows the schedule as any learning rate. At the start each p is set to the length; its effect does not change.
-    A p of zeros, as VAPT begins with, gets a random direction. There is no state: with the same settings a run goes on
-    from a checkpoint bit for bit, and what is saved is an adapter like any other.
+    θ follows the schedule as any learning rate. At the start each p is set to the length, which changes its effect no
+    more than the norm's eps does. A p of zeros, as VAPT begins with, gets a random direction. There is no state: with
+    the same settings a run goes on from a checkpoint bit for bit, and what is saved is an adapter like any other.
+
+    What turns is a `Direction`: for VPT and PRO-VPT a prompt; for VAPT the row of the mixing weights that makes one,
+    for BPT a row of F, and W as a whole, so that the prompts themselves turn by another angle.
 
     `ImageClassificationTrainer` does this with `prompt_norm` and `prompt_angle`. In a loop of one's own:
 
@@ -51,13 +54,15 @@ class DirectionalSteps:
 
     Args:
         directions: What turns; see `PromptTuner.directions`.
-        optimizer: SGD, AdamW or another one that uses weights for their decay alone. Hooks are put on its `step`.
+        optimizer: SGD, AdamW or another one that uses weights for their decay alone, with all tensors of the
+            directions. Hooks are put on its `step`, which takes no closure then.
         norm: Length of a vector divided by the root of its number of elements (root mean square), above 0.
         angle: Whether learning rates of these tensors are angles in radians.
         seed: Seed of random directions, the same in all processes.
 
     Raises:
         TypeError: The optimizer looks at weights for more than their decay.
+        ValueError: It lacks tensors of the directions, or turns something already.
     """
 
     def __init__(
@@ -68,25 +73,56 @@ class DirectionalSteps:
         angle: bool = False,
         seed: int = 0,
     ):
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # from inside of what Accelerate prepares
         if not isinstance(optimizer, SUPPORTED_OPTIMIZERS):
             raise TypeError(
                 f"Found the optimizer {type(optimizer).__name__}. Turning prompts needs one whose steps do not depend "
                 "on the weights' lengths: use optim=sgd or optim=adamw_torch, or leave prompt_norm and prompt_angle "
                 "out."
             )
+        known = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        if missing := [d for d in directions for tensor in d.tensors if id(tensor) not in known]:
+            raise ValueError(
+                f"Found {len(missing)} tensors of directions that the optimizer does not have. It must step all of "
+                "them: make the optimizer of all trained parameters, or leave their directions out."
+            )
+        if getattr(optimizer, "turns_directions", False):
+            raise ValueError(
+                "Found an optimizer that turns directions already. Two of these would undo each other: call `remove` "
+                "of the first one."
+            )
+        optimizer.turns_directions = True
         self.directions = list(directions)
         self.norm = norm
         self.angle = angle
+        self._optimizer = optimizer
         self._before: list[list[torch.Tensor]] = []
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for direction in self.directions:
                 _normalize(direction, norm, generator)
-        optimizer.register_step_pre_hook(self._set_aside)
-        optimizer.register_step_post_hook(self._turn)
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._set_aside),
+            optimizer.register_step_post_hook(self._turn),
+        )
+
+    def remove(self) -> None:
+        """Let the optimizer add to the prompts again, from where they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._optimizer.turns_directions = False
 
     @torch.no_grad()
     def _set_aside(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if kwargs.get("closure") is not None or any(argument is not None for argument in args[1:]):
+            raise ValueError(
+                "Found optimizer.step(closure). While an optimizer steps, prompts that turn are set aside, and a "
+                "closure would not see them. Compute loss and gradients first, and call step() without one."
+            )
+        # Of a step that ended with an error, such as too little memory.
+        for direction, before in zip(self.directions, self._before):
+            for tensor, start in zip(direction.tensors, before):
+                tensor.copy_(start)
         # From zero the step is Δ itself, exactly, however small it is beside p, and there is nothing to decay.
         self._before = [[tensor.clone() for tensor in direction.tensors] for direction in self.directions]
         for direction in self.directions:
@@ -116,7 +152,8 @@ class DirectionalSteps:
 class LengthFloor:
     """Keeps prompts from becoming so short, by weight decay for one, that a step turns them too far.
 
-    After each step of the optimizer, every vector shorter than the floor is set to it, with no effect on the loss.
+    At the start and after each step of the optimizer, every vector shorter than the floor is set to it, with no effect
+    on the loss. (VPT's own start is a length of 0.036 for ViT-B/16.)
 
     Args:
         directions: What has no effect but by its direction; see `PromptTuner.directions`.
@@ -127,10 +164,15 @@ class LengthFloor:
     def __init__(self, directions: Sequence[Direction], optimizer: torch.optim.Optimizer, floor: float):
         self.directions = list(directions)
         self.floor = floor
-        optimizer.register_step_post_hook(self._lift)
+        self._lift()
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._lift())
+
+    def remove(self) -> None:
+        """Let the prompts shrink again."""
+        self._hook.remove()
 
     @torch.no_grad()
-    def _lift(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def _lift(self) -> None:
         for direction in self.directions:
             length = length_of(direction.tensors, direction.by_row)
             # Nothing makes a direction of zeros.
@@ -143,7 +185,7 @@ def turn_prompts(
     optimizer: torch.optim.Optimizer,
     model: PreTrainedModel | PeftModel,
     args: TrainingArguments,
-    is_whole: bool = True,
+    uses_deepspeed: bool = False,
 ) -> None:
     """Do what `prompt_norm`, `prompt_angle` and `prompt_norm_floor` ask for; nothing where none is set.
 
@@ -151,10 +193,10 @@ def turn_prompts(
         optimizer: The optimizer, with its groups.
         model: The model whose prompts turn.
         args: These three and `seed` are read.
-        is_whole: Whether the optimizer works on the model's own parameters.
+        uses_deepspeed: Whether the optimizer is to be DeepSpeed's, which works on weights of its own.
 
     Raises:
-        ValueError: There is nothing to turn, or DeepSpeed keeps the weights.
+        ValueError: There is nothing to turn, PRO-VPT scores prompts by their length, or DeepSpeed keeps the weights.
     """
     asked = next(
         (n for n in ("prompt_angle", "prompt_norm", "prompt_norm_floor") if getattr(args, n) is not None), None
@@ -167,7 +209,7 @@ def turn_prompts(
             f"Found {asked} and nothing that it is for. It needs deep prompts behind a norm, whose length has no "
             f"effect: leave {asked} out for shallow or pooled prompts, Swin-v2 and baselines."
         )
-    if not is_whole:
+    if uses_deepspeed:
         raise ValueError(
             f"Found {asked} and DeepSpeed, whose optimizer keeps weights of its own. Launch with "
             "configs/accelerate/ddp.yaml or configs/accelerate/fsdp2.yaml."
@@ -175,6 +217,12 @@ def turn_prompts(
     if args.prompt_norm_floor is not None:
         LengthFloor(directions, optimizer, args.prompt_norm_floor)
         return
+    configs = getattr(model, "peft_config", {}).values()
+    if any(getattr(config, "score", None) == "norm" for config in configs):
+        raise ValueError(
+            f"Found {asked} and score='norm', which tells idle prompts by their length. With a fixed length all have "
+            "the same: use score='attention' or 'gate'."
+        )
     norm = 1.0 if args.prompt_norm is None else args.prompt_norm
     DirectionalSteps(directions, optimizer, norm, angle=args.prompt_angle is not None, seed=args.seed)
 

@@ -85,6 +85,8 @@ def group_by_role(
                 if not members:
                     continue
                 own = {**group, "params": members}
+                if role == "directions":
+                    own["is_angle"] = True
                 if learning_rate is not None:
                     own["lr"] = learning_rate
                 if decay is not None:

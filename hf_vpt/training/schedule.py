@@ -21,12 +21,7 @@ def hold_within_epochs(scheduler: LRScheduler, steps_per_epoch: int) -> None:
     Raises:
         ValueError: The schedule is no function of the step.
     """
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"lr_schedule_unit is 'epoch' with the schedule {type(scheduler).__name__}, which looks at scores. A "
-            "schedule that is a function of the step is needed, such as cosine or linear: change lr_scheduler_type, "
-            "or leave lr_schedule_unit out."
-        )
+    _check_step_function(scheduler, "lr_schedule_unit is 'epoch'", "lr_schedule_unit")
 
     def held(factor: Callable[[int], float]) -> Callable[[int], float]:
         # A plain function: LambdaLR writes the attributes of other callables into checkpoints.
@@ -52,12 +47,7 @@ def fall_geometrically(scheduler: LRScheduler, ends: Mapping[int, float], warmup
     Raises:
         ValueError: The schedule is no function of the step.
     """
-    if not isinstance(scheduler, LambdaLR):
-        raise ValueError(
-            f"prompt_final_angle is set with the schedule {type(scheduler).__name__}, which looks at scores. A "
-            "schedule that is a function of the step is needed, such as cosine or linear: change lr_scheduler_type, "
-            "or leave prompt_final_angle out."
-        )
+    _check_step_function(scheduler, "prompt_final_angle is set", "prompt_final_angle")
 
     def falling(ratio: float) -> Callable[[int], float]:
         def factor(step: int) -> float:
@@ -72,3 +62,12 @@ def fall_geometrically(scheduler: LRScheduler, ends: Mapping[int, float], warmup
     # What it has set for the first step.
     for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
         group["lr"] = base * factor(scheduler.last_epoch)
+
+
+def _check_step_function(scheduler: LRScheduler, found: str, option: str) -> None:
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"{found} with the schedule {type(scheduler).__name__}, which looks at scores. A schedule that is a "
+            f"function of the step is needed, such as cosine or linear: change lr_scheduler_type, or leave {option} "
+            "out."
+        )

@@ -197,13 +197,13 @@ class PromptTuner(BaseTuner):
         """What of an adapter's trained tensors has no effect but by its direction; the active adapter's if no name.
 
         Deep prompts meet the loss behind the norm before attention, LayerNorm(s·P) = LayerNorm(P) for s > 0, up to the
-        norm's eps. Shallow ones, and those whose outputs are pooled, are tokens too, and blocks without such a norm
-        (Swin-v2) use prompts as they are: there the length counts, and the list leaves them out.
+        norm's eps. The list leaves out where length counts: shallow prompts and, in the last block, pooled ones, which
+        are tokens too, and blocks without such a norm (Swin-v2), which use prompts as they are.
         """
         name = adapter_name or self.active_adapters[0]
         blocks = [block for block in self.prompted_blocks() if name in block.prompts and block.norm is not None]
-        candidates = [block.prompts[name] for block in blocks]
-        found = [d for prompts in candidates if prompts.deep and not prompts.pooled for d in prompts.directions()]
+        kept = [b.prompts[name] for b in blocks if not (b.prompts[name].pooled and b.is_last)]
+        found = [direction for prompts in kept if prompts.deep for direction in prompts.directions()]
         return [d for d in found if all(isinstance(t, nn.Parameter) and t.requires_grad for t in d.tensors)]
 
     def set_insertion(self, insertion: Insertion) -> None:

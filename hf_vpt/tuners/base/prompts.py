@@ -54,7 +54,8 @@ class Direction:
     @property
     def unit(self) -> float:
         """Length of a vector whose elements have a root mean square of 1."""
-        return math.sqrt(sum((tensor[0] if self.by_row else tensor).numel() for tensor in self.tensors))
+        # By shapes alone: a row of a shared-out tensor would have to be fetched.
+        return math.sqrt(sum(math.prod(tensor.shape[1:] if self.by_row else tensor.shape) for tensor in self.tensors))
 
 
 class Prompts(nn.Module):
