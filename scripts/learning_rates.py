@@ -12,8 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hf_vpt.dynamics import TREATMENTS, points_of, read_runs, run_grid
-from hf_vpt.dynamics.summary import RUNS_FILE, groups_of, read_summaries, width_table, write_summaries
+from hf_vpt.dynamics import TREATMENTS, points_of, run_grid
+from hf_vpt.dynamics.summary import RUNS_FILE, groups_of, read_steps, read_summaries, width_table, write_summaries
 from hf_vpt.plots import plot_courses, plot_learning_rates
 from hf_vpt.tuners import METHODS
 
@@ -40,8 +40,8 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv[:end]), argv[end + 1 :]
 
 
-def main() -> None:
-    args, more = parse_arguments(sys.argv[1:])
+def main(argv: list[str] | None = None) -> None:
+    args, more = parse_arguments(sys.argv[1:] if argv is None else argv)
     if args.command == "run":
         points = points_of(args.data, args.methods, args.treatments, args.rates, args.weight_decays, args.seeds)
         run_grid(points, args.folder, CONFIGS, more)
@@ -54,8 +54,7 @@ def main() -> None:
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")
     if args.courses:
-        runs = {str(Path(path).relative_to(args.folder)): next(read_runs(path)) for path in args.courses}
-        plot_courses(runs, folder / "courses.png")
+        plot_courses({path: read_steps(path) for path in args.courses}, folder / "courses.png")
 
 
 if __name__ == "__main__":

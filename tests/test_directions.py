@@ -351,7 +351,7 @@ def test_a_step_that_ends_with_an_error_loses_no_prompt(table, monkeypatch):
     before = direction.module.weight.detach().clone()
     loss().backward()
     with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.sgd, "sgd", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(torch.optim.SGD, "_init_group", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             optimizer.step()
     optimizer.step()

@@ -18,7 +18,7 @@ RUNS_FILE = "runs.jsonl"
 
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
-    """Say in a few numbers what a run did; numbers of prompts are medians over blocks.
+    """Say in a few numbers, of four digits, what a run did; numbers of prompts are medians over blocks.
 
     Args:
         run: One of `read_runs`.
@@ -30,7 +30,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     """
     steps, row = run.get("steps"), {name: value for name, value in run.items() if name != "steps"}
     if not steps or not steps["loss"] or not steps["directions"]:
-        return row
+        return _rounded(row)
     directions = steps["directions"].values()
     rates = next(iter(directions))["learning_rate"]
     warmup = rates.index(max(rates))
@@ -39,13 +39,14 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     def at(name: str, step: int) -> float:
         return statistics.median(d[name][min(step, len(d[name]) - 1)] for d in directions)
 
-    return row | {
+    row |= {
         "spikes": len(find_spikes(steps["loss"], warmup)),
         "largest_rise": largest_rise(steps["loss"], warmup),
         "length": [at("length", 0), at("length", len(steps["loss"]) - 1)],
         "turn": [at("turn", warmup), at("turn", half)],
         "cosine": max(max(direction["cosine"]) for direction in directions),
     }
+    return _rounded(row)
 
 
 def read_summaries(path: str | Path) -> list[dict[str, Any]]:
@@ -62,9 +63,20 @@ def read_summaries(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_steps(folder: str | Path) -> dict[str, Any]:
+    """Read what `steps.json` of one run holds."""
+    steps = [run["steps"] for run in read_runs(folder) if run["steps"]]
+    if len(steps) != 1:
+        raise ValueError(
+            f"Found {len(steps) or 'no'} finished run with its steps in '{folder}'. A course is that of one run: name "
+            "a folder with a run.json and a steps.json."
+        )
+    return steps[0]
+
+
 def write_summaries(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
     """Write a JSON line for each run."""
-    write_whole(Path(path), "".join(f"{json.dumps(_rounded(row))}\n" for row in rows))
+    write_whole(Path(path), "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def scores_by_rate(rows: Sequence[dict[str, Any]]) -> dict[float, float]:

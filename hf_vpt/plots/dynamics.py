@@ -12,7 +12,7 @@ from ..dynamics.summary import groups_of, scores_by_rate
 from .figure import new_figure
 
 
-COURSES = {
+PANELS = {
     "loss": "loss, mean of 8 steps",
     "length": "length of prompts",
     "turn": "turn of prompts in a step, rad",
@@ -53,17 +53,16 @@ def plot_learning_rates(rows: Sequence[Mapping[str, Any]], path: str | Path, tol
     figure.savefig(path)
 
 
-def plot_courses(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
     """Draw loss, length, turn and cosine over the steps of some runs; of blocks the median.
 
     Args:
-        runs: Runs of `read_runs` with their steps, by the name that they have in the picture.
+        courses: Contents of `steps.json`, by the name that they have in the picture.
         path: File to write, PNG, SVG or PDF by its ending.
     """
-    figure, axes = new_figure(len(COURSES), width=3.6)
-    for name, run in runs.items():
-        steps = run["steps"]
-        for axis, course in zip(axes, COURSES, strict=True):
+    figure, axes = new_figure(len(PANELS), width=3.6)
+    for name, steps in courses.items():
+        for axis, course in zip(axes, PANELS, strict=True):
             if course == "loss":
                 values = smooth(steps["loss"])
             else:
@@ -71,10 +70,10 @@ def plot_courses(runs: Mapping[str, Mapping[str, Any]], path: str | Path) -> Non
             # On a logarithmic axis there is no 0, as the turn of a first step with learning rate 0.
             points = [(step, value) for step, value in enumerate(values) if value > 0]
             axis.plot(*zip(*points), label=name, linewidth=1)
-    for axis, title in zip(axes, COURSES.values(), strict=True):
+    for axis, title in zip(axes, PANELS.values(), strict=True):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if title != COURSES["loss"]:
+        if title != PANELS["loss"]:
             axis.set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(path)
