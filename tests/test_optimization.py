@@ -59,9 +59,10 @@ class Record(TrainerCallback):
     """Note learning rates before, and trained weights after, each optimiser step."""
 
     def __init__(self):
-        self.rates, self.states = [], []
+        self.rates, self.all_rates, self.states = [], [], []
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.all_rates.append([group["lr"] for group in optimizer.param_groups])
         self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -81,7 +82,7 @@ def test_roles_follow_the_module_that_holds_a_parameter_and_not_its_name():
     head = head_parameters(model)
     assert len(head) == 2 and all(roles[p] == "head" for p in head)
     rest = {roles[p] for p in model.parameters() if p.requires_grad and p not in norms and p not in set(head)}
-    assert rest == {"prompts"}
+    assert rest == {"directions", "prompts"}
 
 
 def test_a_norm_inside_the_head_belongs_to_the_head():
@@ -90,13 +91,16 @@ def test_a_norm_inside_the_head_belongs_to_the_head():
     assert {parameter_roles(model)[p] for p in model.classifier.parameters()} == {"head"}
 
 
-def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_own(tmp_path):
+@pytest.mark.parametrize("angle", [None, 0.4])
+def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_own(tmp_path, angle):
     model = build("vapt")
     settings = {"learning_rate": 0.1, "weight_decay": 0.01, "head_learning_rate": 0.2, "head_weight_decay": 0.02}
-    settings |= {"norm_learning_rate": 0.3, "norm_weight_decay": 0.03}
+    settings |= {"norm_learning_rate": 0.3, "norm_weight_decay": 0.03, "prompt_angle": angle}
     found = found_groups(make_trainer(model, tmp_path, **settings))
     roles = parameter_roles(model)
     expected = {"prompts": (0.1, 0.01), "head": (0.2, 0.02), "norms": (0.3, 0.03)}
+    # The optimizer's decay is none where prompts turn: they are set aside while it steps.
+    expected["directions"] = (0.1 if angle is None else angle, 0.01)
     seen = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -105,7 +109,14 @@ def test_prompts_head_and_norms_have_learning_rates_and_weight_decays_of_their_o
             assert found.pop(id(parameter)) == (rate, 0.0 if is_bias else decay), name
             seen.add((roles[parameter], is_bias))
     assert not found
-    assert seen >= {("prompts", False), ("head", False), ("head", True), ("norms", False), ("norms", True)}
+    assert seen >= {
+        ("directions", False),
+        ("prompts", False),
+        ("head", False),
+        ("head", True),
+        ("norms", False),
+        ("norms", True),
+    }
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm_learning_rate": 0.3}, {"head_learning_rate": 0.3}])
@@ -136,6 +147,24 @@ def test_a_schedule_by_epochs_keeps_the_floor_of_a_cosine(tmp_path):
     make_trainer(build("vpt_deep"), tmp_path, callbacks=[record], **settings).train()
     factors = [0.1 + 0.4 * 0.5 * (1 + math.cos(math.pi * epoch / 4)) for epoch in range(4)]
     assert record.rates == pytest.approx([factor for factor in factors for _ in range(2)])
+
+
+def test_angles_fall_by_the_same_factor_in_every_step_beside_the_schedule_of_the_rest(tmp_path):
+    record = Record()
+    settings = {"per_device_train_batch_size": 2, "num_train_epochs": 3, "warmup_epochs": 1, "learning_rate": 0.5}
+    settings |= {"prompt_angle": 0.4, "prompt_final_angle": 0.004}
+    trainer = make_trainer(build("vpt_deep"), tmp_path, callbacks=[record], **settings)
+    roles = parameter_roles(trainer.model)
+    trainer.train()
+    groups = trainer.optimizer.param_groups
+    (turning,) = [i for i, group in enumerate(groups) if roles[group["params"][0]] == "directions"]
+    warmup = [0, 0.25, 0.5, 0.75]
+    falling = [0.4 * factor for factor in (*warmup, *(0.01 ** (step / 8) for step in range(8)))]
+    cosine = [0.5 * factor for factor in (*warmup, *(0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)))]
+    assert len(groups) > 1
+    for index in range(len(groups)):
+        rates = [step[index] for step in record.all_rates]
+        assert rates == pytest.approx(falling if index == turning else cosine)
 
 
 def test_a_schedule_that_looks_at_scores_cannot_go_by_epochs(tmp_path):

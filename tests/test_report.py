@@ -82,6 +82,16 @@ def test_runs_with_different_settings_are_different_rows_that_say_in_what(tmp_pa
     }
 
 
+def test_runs_of_a_version_that_had_fewer_settings_are_averaged_with_those_that_leave_them_out(tmp_path):
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "new", seed=1, settings=METRICS["settings"] | {"prompt_angle": None})
+    write_run(tmp_path / "turned", seed=1, settings=METRICS["settings"] | {"prompt_angle": 0.1})
+    assert {(row.name, len(row.seeds)) for row in rows_of(tmp_path)} == {
+        ("VPT-Deep (prompt_angle None)", 2),
+        ("VPT-Deep (prompt_angle 0.1)", 1),
+    }
+
+
 def test_a_single_run_has_no_spread_and_columns_that_nobody_knows_are_left_out(tmp_path):
     write_run(tmp_path / "a", settings=None)
     (row,) = rows_of(tmp_path / "a" / "metrics.json")

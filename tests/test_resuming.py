@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import StopAt
 from transformers import (
     PrinterCallback,
     TrainerCallback,
@@ -20,6 +21,7 @@ from transformers import (
 from hf_vpt.training import build_trainer, checkpoints, parse_arguments, train_classifier
 from hf_vpt.training.checkpoints import find_checkpoints, is_complete, mark_complete, mark_incomplete
 from hf_vpt.training.identity import RunIdentity
+from hf_vpt.training.steps import STEPS_FILE
 
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +121,28 @@ def test_a_checkpoint_from_before_the_evaluation_at_the_end_of_its_epoch_leads_t
     for resumed in ([], ["--resume_from_checkpoint", str(tmp_path / "checkpoint-5")]):
         results.append(train_classifier(parse_arguments([*words, *resumed])))
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("words", ["--prompt_angle 0.1", "--prompt_norm 0.5 --optim sgd --optim_args momentum=0.9"])
+def test_prompts_that_turn_go_on_as_if_nothing_had_happened(options, tmp_path, words):
+    words = [
+        *words.split(),
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "7",
+        "--eval_strategy",
+        "no",
+        "--no_load_best_model_at_end",
+    ]
+    words += ["--record_steps"]
+    undisturbed = run(options, tmp_path / "undisturbed", *words)
+    trainer, _ = build_trainer(parse_arguments([*options, "--output_dir", str(tmp_path / "stopped"), *words]))
+    trainer.add_callback(StopAt(14))
+    trainer.train()
+    assert run(options, tmp_path / "stopped", *words, "--resume_from_checkpoint", "last") == undisturbed
+    steps = [(tmp_path / name / STEPS_FILE).read_text() for name in ("undisturbed", "stopped")]
+    assert steps[0] == steps[1]
 
 
 def test_without_a_checkpoint_auto_starts_anew(options, tmp_path):

@@ -154,7 +154,9 @@ def title_of(metrics: dict[str, Any]) -> str:
 def _key(run: Run) -> dict[str, Any]:
     names = ("dataset_name", "method", "model_name_or_path", *_ALSO_THE_SAME)
     own = {name: run.metrics.get(name) for name in names}
-    return own | {"num_trials": run.num_trials} | {f"settings {k}": v for k, v in run.settings.items()}
+    # A setting that is not set is one that an older version did not have.
+    set_ones = {f"settings {name}": value for name, value in run.settings.items() if value is not None}
+    return own | {"num_trials": run.num_trials} | set_ones
 
 
 def _differences(groups: Sequence[Sequence[Run]]) -> list[str]:

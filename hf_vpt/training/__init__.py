@@ -3,6 +3,7 @@
 from ..data.arguments import DataArguments
 from .arguments import BASELINES, ModelArguments, TrainingArguments
 from .comparison import check_comparable
+from .directions import DirectionalSteps, LengthFloor
 from .ema import ExponentialMovingAverage
 from .experiment import build_trainer, train_classifier
 from .metrics import Accuracy, ComputeMetrics, MeanClassAccuracy
@@ -13,10 +14,12 @@ from .models import (
     load_label_names,
     prepare_for_training,
 )
+from .optimizer import directions_of
 from .parsing import Settings, parse_arguments
 from .prefix import PrefixCaching
 from .relocation import RelocationCallback
 from .shared import SharedLoader
+from .steps import StepRecorder
 from .trainer import ClassificationLoss, ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -27,8 +30,10 @@ __all__ = [
     "ClassificationLoss",
     "ComputeMetrics",
     "DataArguments",
+    "DirectionalSteps",
     "ExponentialMovingAverage",
     "ImageClassificationTrainer",
+    "LengthFloor",
     "MeanClassAccuracy",
     "ModelArguments",
     "PlateauWarning",
@@ -36,10 +41,12 @@ __all__ = [
     "RelocationCallback",
     "Settings",
     "SharedLoader",
+    "StepRecorder",
     "TrainingArguments",
     "build_trainer",
     "check_comparable",
     "count_trained_parameters",
+    "directions_of",
     "load_classifier",
     "load_image_processor",
     "load_label_names",

@@ -77,6 +77,18 @@ class TrainingArguments(transformers.TrainingArguments):
         norm_learning_rate: Learning rate of trained normalisation layers outside the head: VAPT's own, or all of them
             in full fine-tuning. Default: that of everything else.
         norm_weight_decay: Weight decay of their weights (biases have none). Default: none.
+        prompt_angle: Angle in radians, above 0 and at most π/2, by which each prompt (for VAPT and BPT, what makes it)
+            turns in a step; it follows the schedule and takes the place of the learning rate, whatever the batch.
+            Lengths stay fixed, and weight decay does not touch them. For what has no effect but by its direction (deep
+            prompts behind a norm): see `DirectionalSteps` and docs/learning_rate.md. `learning_rate` then is for the
+            head and for the rest of an adapter. Default: prompts are added to, as published.
+        prompt_final_angle: The angle falls geometrically from `prompt_angle`, after warm-up, to this one at the end,
+            so that `prompt_angle` may be much too large. Default: it follows `lr_scheduler_type`.
+        prompt_norm: Length at which such prompts are kept, as root mean square of their elements. Without
+            `prompt_angle`, steps are those of `learning_rate`, without their part along the prompt. Default: 1 with
+            `prompt_angle`, else prompts may grow and shrink.
+        prompt_norm_floor: Length, counted likewise, below which such prompts do not shrink (`LengthFloor`); otherwise
+            they are added to, as published.
         lr_schedule_unit: Whether the learning rate changes with each `"step"`, or once an `"epoch"` and stays at the
             schedule's value at the epoch's start, as in the code of VPT and its successors.
         ema_decay: Decay in [0, 1) of an exponential moving average of the trained weights, which is scored beside the
@@ -86,6 +98,8 @@ class TrainingArguments(transformers.TrainingArguments):
             least 0, and so are labels (mixup, arXiv 1710.09412); 0 for never. The larger, the nearer to halves.
         cutmix_alpha: The same for boxes cut out of the neighbour (CutMix, arXiv 1905.04899). With both, each batch
             gets one of them.
+        record_steps: Write `steps.json` to `output_dir`: of every optimiser step the loss, and length, turn and
+            gradient of prompts (`StepRecorder`).
         hub_license: Licence, by the Hub's names, that the card of a published adapter states. Default: `unknown`.
         plateau_patience: Epochs with a training loss of ln(number of classes), that of guessing, after which to warn;
             0 for never.
@@ -116,12 +130,19 @@ class TrainingArguments(transformers.TrainingArguments):
     head_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of the head."})
     norm_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of trained norms."})
     norm_weight_decay: float | None = field(default=None, metadata={"help": "Weight decay of trained norms."})
+    prompt_angle: float | None = field(default=None, metadata={"help": "Angle by which prompts turn in a step."})
+    prompt_final_angle: float | None = field(
+        default=None, metadata={"help": "Angle at the end, reached geometrically."}
+    )
+    prompt_norm: float | None = field(default=None, metadata={"help": "Length at which prompts are kept."})
+    prompt_norm_floor: float | None = field(default=None, metadata={"help": "Least length of prompts."})
     lr_schedule_unit: ScheduleUnit = field(
         default="step", metadata={"help": "Whether the learning rate changes with each step or epoch."}
     )
     ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights."})
     mixup_alpha: float = field(default=0.0, metadata={"help": "Strength of mixup; 0 for none."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Strength of CutMix; 0 for none."})
+    record_steps: bool = field(default=False, metadata={"help": "Write what prompts do in each step to steps.json."})
     hub_license: str | None = field(default=None, metadata={"help": "Licence of what is published, as apache-2.0."})
     plateau_patience: int = field(default=5, metadata={"help": "Epochs of guessing after which to warn."})
 
@@ -158,6 +179,26 @@ class TrainingArguments(transformers.TrainingArguments):
             if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"{name} is {value:g}. It must be at least 0: correct it, or leave it out.")
 
+        if self.prompt_angle is not None and not 0 < self.prompt_angle <= math.pi / 2:
+            raise ValueError(
+                f"prompt_angle is {self.prompt_angle:g}. It is in radians and must be above 0 and at most π/2, a "
+                "right angle: correct it, for example to 0.1, or leave it out."
+            )
+        if self.prompt_final_angle is not None and not 0 < self.prompt_final_angle <= (self.prompt_angle or 0):
+            raise ValueError(
+                f"prompt_final_angle is {self.prompt_final_angle:g} and prompt_angle {self.prompt_angle}. Angles fall "
+                "from prompt_angle to prompt_final_angle, above 0: set both, such as 0.3 and 0.003, or neither."
+            )
+        for name in ("prompt_norm", "prompt_norm_floor"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value:g}. It must be above 0: correct it, or leave it out.")
+        if self.prompt_norm_floor is not None and (self.prompt_norm or self.prompt_angle):
+            other = "prompt_norm" if self.prompt_norm else "prompt_angle"
+            raise ValueError(
+                f"prompt_norm_floor is set beside {other}, which keeps the length of prompts as it is. Only one of "
+                "them can be: leave prompt_norm_floor out."
+            )
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Return the number of optimiser steps over which the learning rate climbs."""
         if self.warmup_epochs:
@@ -177,6 +218,16 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"lr_schedule_unit is 'epoch' and max_steps {self.max_steps}. A schedule by epochs needs a run "
                 "counted in epochs: set num_train_epochs instead of max_steps, or leave lr_schedule_unit out."
             )
+
+    @property
+    def fixes_lengths(self) -> bool:
+        """Whether prompts keep their length while training."""
+        return self.prompt_norm is not None or self.prompt_angle is not None
+
+    @property
+    def turns_prompts(self) -> bool:
+        """Whether something is done about the length of prompts."""
+        return self.fixes_lengths or self.prompt_norm_floor is not None
 
     @property
     def global_batch_size(self) -> int:

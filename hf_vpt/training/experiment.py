@@ -32,6 +32,7 @@ from .record import describe_settings
 from .relocation import RELOCATIONS_FILE, RelocationCallback
 from .sharding import gathered
 from .shared import SharedLoader
+from .steps import StepRecorder
 from .trainer import ImageClassificationTrainer
 from .trouble import PlateauWarning
 
@@ -194,6 +195,8 @@ def build_trainer(
         compute_metrics=ComputeMetrics(),
     )
     trainer.add_callback(RunIdentity(settings))
+    if training_args.record_steps:
+        trainer.add_callback(StepRecorder())
     num_classes = data["train"].features["label"].num_classes
     if training_args.plateau_patience:
         trainer.add_callback(PlateauWarning(num_classes, training_args.plateau_patience))

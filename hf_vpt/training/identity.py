@@ -17,6 +17,9 @@ PREPARATION_FIELDS = ("preprocessing", "augmentation", "broken_images")
 SPLIT_FIELDS = ("validation_fraction", "test_fraction", "split_seed", "streaming", "num_held_out")
 SPLIT_FIELDS += ("images_per_class", "validation_images_per_class", "train_on_validation")
 
+# Checkpoints of versions that did not have these are of runs without them.
+LATER_FIELDS = ("prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor")
+
 
 class RunIdentity(TrainerCallback):
     """Lets a run go on from a checkpoint only with the method, the backbone, the data and the settings it began with.
@@ -47,7 +50,8 @@ class RunIdentity(TrainerCallback):
         Raises:
             ValueError: One of them has changed.
         """
-        # A checkpoint of an older version tells fewer of them.
+        state = dict.fromkeys(LATER_FIELDS) | dict(state)
+        # A checkpoint of an older version tells fewer of the others.
         both = self.settings.keys() & state.keys()
         known, own = ({name: settings[name] for name in both} for settings in (state, self.settings))
         if changed := tell_apart(known, own):

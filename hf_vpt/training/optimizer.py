@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..tuners.base import Direction, PromptTuner
 from .models import head_parameters
 
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .arguments import TrainingArguments
 
 
-Role = Literal["head", "norms", "prompts"]
+Role = Literal["head", "norms", "directions", "prompts"]
 
 NORM_LAYERS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
@@ -25,13 +26,22 @@ def parameter_roles(model: PreTrainedModel | PeftModel) -> dict[nn.Parameter, Ro
     """Say of every parameter whether it belongs to the head, to a normalisation layer, or to the rest.
 
     What counts is the module that holds a parameter, not its name. A normalisation layer in the head belongs to the
-    head. The rest of an adapter are its prompts and what makes them (projections, projectors, pooling).
+    head. The rest of an adapter are its prompts and what makes them (projections, projectors, pooling), of which
+    some are learned in direction alone (`PromptTuner.directions`).
     """
     norms = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
     roles: dict[nn.Parameter, Role] = dict.fromkeys(model.parameters(), "prompts")
     roles.update({parameter: "norms" for module in norms for parameter in module.parameters()})
+    roles.update({tensor: "directions" for direction in directions_of(model) for tensor in direction.tensors})
     roles.update(dict.fromkeys(head_parameters(model), "head"))
     return roles
+
+
+def directions_of(model: PreTrainedModel | PeftModel) -> list[Direction]:
+    """Return what of a model's active adapters is learned in direction alone; nothing where it has no prompts."""
+    tuner = getattr(model, "base_model", None)
+    names = tuner.active_adapters if isinstance(tuner, PromptTuner) else []
+    return [direction for name in names for direction in tuner.directions(name)]
 
 
 def group_by_role(
@@ -40,7 +50,7 @@ def group_by_role(
     args: TrainingArguments,
     decayed: set[nn.Parameter],
 ) -> None:
-    """Move the head and the normalisation layers into groups with the settings that are made for them.
+    """Move the head, normalisation layers and directions into groups with the settings that are made for them.
 
     Biases keep the weight decay 0, whatever they belong to. Groups that no setting is made for stay as they are, so
     that an optimizer's state fits those of earlier runs.
@@ -48,12 +58,15 @@ def group_by_role(
     Args:
         optimizer: What `Trainer.create_optimizer` has made. It is changed in place.
         model: The model whose parameters it holds.
-        args: `head_learning_rate`, `head_weight_decay`, `norm_learning_rate` and `norm_weight_decay` are read.
+        args: `head_learning_rate`, `head_weight_decay`, `norm_learning_rate`, `norm_weight_decay` and `prompt_angle`
+            are read.
         decayed: Parameters that `Trainer` gives weight decay to: all but biases and normalisation layers.
     """
+    factor = args.learning_rate_factor
     settings = {
-        "head": (args.head_learning_rate, args.head_weight_decay),
-        "norms": (args.norm_learning_rate, args.norm_weight_decay),
+        "head": (_times(args.head_learning_rate, factor), args.head_weight_decay),
+        "norms": (_times(args.norm_learning_rate, factor), args.norm_weight_decay),
+        "directions": (args.prompt_angle, None),  # an angle, whatever the batch
     }
     settings = {role: own for role, own in settings.items() if own != (None, None)}
     if not settings:
@@ -72,8 +85,14 @@ def group_by_role(
                 if not members:
                     continue
                 own = {**group, "params": members}
+                if role == "directions":
+                    own["is_angle"] = True
                 if learning_rate is not None:
-                    own["lr"] = learning_rate * args.learning_rate_factor
+                    own["lr"] = learning_rate
                 if decay is not None:
                     own["weight_decay"] = decay
                 optimizer.add_param_group(own)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

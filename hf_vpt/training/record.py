@@ -15,7 +15,8 @@ RESULTS_FILE = "results.json"  # of a sweep, beside the METRICS_FILE of each run
 
 # Settings of training that scores depend on. Numbers of epochs, batches and images are recorded by themselves.
 _RECORDED = ("learning_rate", "weight_decay", "head_learning_rate", "head_weight_decay", "norm_learning_rate")
-_RECORDED += ("norm_weight_decay", "scale_learning_rate", "optim", "optim_args", "max_grad_norm", "bf16", "fp16")
+_RECORDED += ("norm_weight_decay", "prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor")
+_RECORDED += ("scale_learning_rate", "optim", "optim_args", "max_grad_norm", "bf16", "fp16")
 _RECORDED += ("lr_scheduler_type", "lr_scheduler_kwargs", "lr_schedule_unit", "warmup_epochs", "warmup_steps")
 _RECORDED += ("label_smoothing_factor", "ema_decay", "mixup_alpha", "cutmix_alpha")
 _RECORDED += ("adam_beta1", "adam_beta2", "adam_epsilon", "dataloader_drop_last")

@@ -76,6 +76,9 @@ class RelocationCallback(TrainerCallback):
             if self._recorder is not None and self._restored["recorder"] is not None:
                 self._recorder.load_state_dict(self._restored["recorder"])
             self._restored = None
+        if getattr(args, "fixes_lengths", False):
+            # A prompt that is shorter for a step would have a gradient as much larger, in the optimizer's state too.
+            tuner.relocator().scale = 1.0
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         self.close()

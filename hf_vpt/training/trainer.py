@@ -17,13 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..hub.card import CARD_FILE, update_model_card
 from ..hub.loading import LABELS_FILE
 from .checkpoints import checkpoint_to_resume, load_callbacks, mark_complete, mark_incomplete, save_callbacks
+from .directions import turn_prompts
 from .ema import EMA_FOLDER, ExponentialMovingAverage
 from .epochs import SetEpoch
 from .identity import RunIdentity
 from .mixing import make_mixer
 from .models import save_label_names
 from .optimizer import group_by_role
-from .schedule import hold_within_epochs
+from .schedule import fall_geometrically, hold_within_epochs
 from .sharding import names_in_optimizer, replace_in_optimizer, shard_blocks
 from .trouble import raise_if_not_finite
 
@@ -81,13 +82,14 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     It differs from `transformers.Trainer` in this: a loss that is not finite stops training; the loss is
     `ClassificationLoss`; learning rates may scale with the batch; head and normalisation layers may have learning
-    rates and weight decays of their own; schedules may change once an epoch; images may be mixed while training
-    (mixup, CutMix); averaged weights (`ema_decay`) are scored and saved beside the last ones; of several equally good
-    epochs the last is the best one; every checkpoint of an adapter holds the names of the classes (`id2label.json`);
-    checkpoints of whole models are restored completely; checkpoints hold the state of callbacks that have a
-    `state_dict`, and say when they are whole, and only whole ones are gone on from; a data set with `set_epoch` is
-    always told the epoch; callbacks with `on_backward(loss, num_images)` are told of backward passes, those with
-    `on_evaluation_begin(dataset)` of evaluations, those with `close()` that training has ended, however it did; and
+    rates and weight decays of their own; prompts may turn at a fixed length; schedules may change once an epoch;
+    images may be mixed while training (mixup, CutMix); averaged weights (`ema_decay`) are scored and saved beside the
+    last ones; of several equally good epochs the last is the best one; every checkpoint of an adapter holds the names
+    of the classes (`id2label.json`); checkpoints of whole models are restored completely; checkpoints hold the state
+    of callbacks that have a `state_dict`, and say when they are whole, and only whole ones are gone on from; a data
+    set with `set_epoch` is always told the epoch; callbacks with `on_backward(loss, num_images)` are told of backward
+    passes, those with `on_evaluation_begin(dataset)` of evaluations, those with `close()` that training has ended,
+    however it did; and
     FSDP2 shares the backbone out by `hf_vpt.training.sharding`.
 
     Args:
@@ -98,6 +100,12 @@ class ImageClassificationTrainer(transformers.Trainer):
 
     def __init__(self, model=None, args=None, **kwargs):
         smoothing = args.label_smoothing_factor
+        if args.turns_prompts and (kwargs.get("optimizers") or (None,))[0] is not None:
+            raise ValueError(
+                "Found an optimizer of your own and settings for the length or the angle of prompts, which are for "
+                "the trainer's optimizer. Only one of them can be: leave `optimizers` out, or leave prompt_angle, "
+                "prompt_norm and prompt_norm_floor out and use DirectionalSteps or LengthFloor."
+            )
         # First, because a callback may read training images at the start of an epoch.
         kwargs["callbacks"] = [SetEpoch(), *(kwargs.get("callbacks") or [])]
         loss = ClassificationLoss(smoothing, getattr(getattr(model, "config", None), "problem_type", None))
@@ -145,7 +153,7 @@ class ImageClassificationTrainer(transformers.Trainer):
             pixel_values, labels = self.mixer(inputs["pixel_values"], inputs["labels"])
             inputs = {**inputs, "pixel_values": pixel_values, "labels": labels}
         loss = super().training_step(model, inputs, num_items_in_batch)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        rates = [group["lr"] for group in self.optimizer.param_groups if not group.get("is_angle")]
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, self.model.dtype)
         raise_if_not_finite(loss, self.state.global_step, max(rates), dtype)
         # An event that Trainer has none for: gradients are complete, and nothing has clipped them yet.
@@ -164,6 +172,7 @@ class ImageClassificationTrainer(transformers.Trainer):
             names = set(self.get_decay_parameter_names(model))
             decayed = {parameter for name, parameter in model.named_parameters() if name in names}
             group_by_role(optimizer, model, self.args, decayed)
+            turn_prompts(optimizer, model, self.args, self.is_deepspeed_enabled)
             if self.is_fsdp_enabled:
                 self._names_in_optimizer = names_in_optimizer(optimizer, self.model)
         return optimizer
@@ -174,6 +183,13 @@ class ImageClassificationTrainer(transformers.Trainer):
         if self.is_fsdp_enabled:
             replace_in_optimizer(self.optimizer, self.model, self._names_in_optimizer)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.args.prompt_final_angle is not None:
+            angles = [i for i, group in enumerate(self.optimizer.param_groups) if group.get("is_angle")]
+            ends = dict.fromkeys(angles, self.args.prompt_final_angle)
+            last = num_training_steps
+            if self.args.lr_schedule_unit == "epoch":  # held from the last epoch's first step
+                last -= self.args.get_steps_per_epoch(num_training_steps)
+            fall_geometrically(scheduler, ends, self.args.get_warmup_steps(num_training_steps), last)
         if is_new and self.args.lr_schedule_unit == "epoch":
             hold_within_epochs(scheduler, self.args.get_steps_per_epoch(num_training_steps))
         return scheduler

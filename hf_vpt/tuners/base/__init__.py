@@ -3,7 +3,7 @@
 from .block import PromptedBlock
 from .config import PromptConfig
 from .model import PromptTuner
-from .prompts import BlockLayout, Prompts, StaticPrompts
+from .prompts import BlockLayout, Direction, Prompts, StaticPrompts
 
 
-__all__ = ["BlockLayout", "PromptConfig", "PromptTuner", "PromptedBlock", "Prompts", "StaticPrompts"]
+__all__ = ["BlockLayout", "Direction", "PromptConfig", "PromptTuner", "PromptedBlock", "Prompts", "StaticPrompts"]

@@ -23,7 +23,7 @@ from .block import BASE_ADAPTER, PromptedBlock, raise_merge_error, silence_froze
 from .checkpoint import verify_tensors
 from .config import PromptConfig
 from .head import TaskHead, check_heads, check_modules_to_save, complete_task, linear_heads, wrap_heads
-from .prompts import BlockLayout, Prompts, StaticPrompts
+from .prompts import BlockLayout, Direction, Prompts, StaticPrompts
 
 
 Insertion = Literal["keys_values", "tokens"]
@@ -192,6 +192,19 @@ class PromptTuner(BaseTuner):
         """An adapter's prompts by block index; those of the active adapter if no name is given."""
         name = adapter_name or self.active_adapters[0]
         return {block.index: block.prompts[name] for block in self.prompted_blocks() if name in block.prompts}
+
+    def directions(self, adapter_name: str | None = None) -> list[Direction]:
+        """What of an adapter's trained tensors has no effect but by its direction; the active adapter's if no name.
+
+        Deep prompts meet the loss behind the norm before attention, LayerNorm(s·P) = LayerNorm(P) for s > 0, up to the
+        norm's eps. The list leaves out where length counts: shallow prompts and, in the last block, pooled ones, which
+        are tokens too, and blocks without such a norm (Swin-v2), which use prompts as they are.
+        """
+        name = adapter_name or self.active_adapters[0]
+        blocks = [block for block in self.prompted_blocks() if name in block.prompts and block.norm is not None]
+        kept = [b.prompts[name] for b in blocks if not (b.prompts[name].pooled and b.is_last)]
+        found = [direction for prompts in kept if prompts.deep for direction in prompts.directions()]
+        return [d for d in found if all(isinstance(t, nn.Parameter) and t.requires_grad for t in d.tensors)]
 
     def set_insertion(self, insertion: Insertion) -> None:
         """Chooses how deep prompts get into a block; both are the same function.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,33 @@ class BlockLayout:
     stage: int = 0
     patch_size: tuple[int, int] = (16, 16)
     num_prefix_tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Tensors of which the loss feels the direction alone: multiplied by one positive number, they change nothing.
+
+    Attributes:
+        module: The module that owns them.
+        names: Their names in it.
+        by_row: Whether that holds for each index of the first dimension by itself (the rows of all tensors together),
+            or for all elements at once.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    by_row: bool = True
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        """The tensors that the module has now; FSDP puts others in their place."""
+        return [getattr(self.module, name) for name in self.names]
+
+    @property
+    def unit(self) -> float:
+        """Length of a vector whose elements have a root mean square of 1."""
+        # By shapes alone: a row of a shared-out tensor would have to be fetched.
+        return math.sqrt(sum(math.prod(tensor.shape[1:] if self.by_row else tensor.shape) for tensor in self.tensors))
 
 
 class Prompts(nn.Module):
@@ -65,6 +93,10 @@ class Prompts(nn.Module):
             `(1, N, D)` where the prompts are the same for all images, `(B, N, D)` otherwise.
         """
         raise NotImplementedError
+
+    def directions(self) -> list[Direction]:
+        """What scales the prompts and nothing else. A norm before attention takes that scale away (`Direction`)."""
+        return []
 
     def check_grid(self, height: int, width: int) -> None:
         """Raises `ValueError` if the prompts cannot be made from a grid of `height` × `width` patches."""

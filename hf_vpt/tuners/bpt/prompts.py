@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..base import BlockLayout, StaticPrompts
+from ..base import BlockLayout, Direction, StaticPrompts
 from .config import BPTConfig
 
 
@@ -51,6 +51,11 @@ class BPTPrompts(StaticPrompts):
                 "before the first forward pass, or use basis='bilinear'."
             )
         return self.factor_prompts @ self.factor_basis.T
+
+    def directions(self) -> list[Direction]:
+        # A row of F scales its own prompt, the basis all of them.
+        basis = [Direction(self, ("factor_basis",), by_row=False)] if self.basis != "fwhiten" else []
+        return [Direction(self, ("factor_prompts",)), *basis]
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import distribute_tensor
 
-from ..base import BlockLayout, StaticPrompts
+from ..base import BlockLayout, Direction, StaticPrompts
 from ..base.prompts import vpt_uniform_
 from .config import PROVPTConfig
 
@@ -60,6 +60,10 @@ class PROVPTPrompts(StaticPrompts):
             return self.prompt_embeddings
         parts = [self.pool[owner].prompt_embeddings[start:stop] for owner, start, stop in slices]
         return torch.cat(parts) if parts else self.prompt_embeddings[:0]
+
+    def directions(self) -> list[Direction]:
+        # Wherever a row serves, so that one that was scaled down on its way has the length of the others again.
+        return [Direction(self, ("prompt_embeddings",))]
 
     def _find_slices(self) -> list[tuple[int, int, int]]:
         """Runs of neighbouring rows that serve this block: owner, first row, row after the last."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..base import BlockLayout, Prompts
+from ..base import BlockLayout, Direction, Prompts
 from .config import VAPTConfig, halved
 
 
+# σ(s·x) = s·σ(x) for s > 0.
+HOMOGENEOUS = ("relu", "identity")
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "gelu": nn.GELU,
@@ -103,6 +105,7 @@ class AdaptivePrompts(Prompts):
         self.width = layout.width
         self.num_prefix_tokens = layout.num_prefix_tokens
         self.interpolates = self.stateful = config.interpolate_grid
+        self.is_homogeneous = config.projector_activation in HOMOGENEOUS
         # Rows and columns of patches in the first stage that the adapter is made for, and how often they were halved.
         self.image_grid, self.stage = tuple(config.grid), layout.stage
         # Those of the images that are on their way through the model.
@@ -131,6 +134,10 @@ class AdaptivePrompts(Prompts):
             patches = nn.functional.adaptive_avg_pool2d(maps, self.pooling.grid).flatten(2).mT
         projector = self._owner[0].projector if self._owner else self.projector
         return projector(self.pooling(patches))
+
+    def directions(self) -> list[Direction]:
+        # A row of M with its bias scales A's row, and the projector passes a factor on if its activation does.
+        return [Direction(self.pooling.mix, ("weight", "bias"))] if self.is_homogeneous else []
 
     def check_grid(self, height: int, width: int) -> None:
         if (height, width) != self.image_grid and not self.interpolates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..base import BlockLayout, StaticPrompts
+from ..base import BlockLayout, Direction, StaticPrompts
 from ..base.prompts import vpt_uniform_
 from .config import VPTConfig
 
@@ -38,3 +38,10 @@ class VPTPrompts(StaticPrompts):
         if first.projection is None:
             return self.prompt_embeddings
         return first.projection(self.prompt_embeddings)
+
+    def directions(self) -> list[Direction]:
+        first = self._owner[0] if self._owner else self
+        if first.projection is None:
+            return [Direction(self, ("prompt_embeddings",))]
+        # E·Aᵀ + a scales with the projection, for all blocks at once; with E alone it does not.
+        return [Direction(self.projection, ("weight", "bias"), by_row=False)] if first is self else []

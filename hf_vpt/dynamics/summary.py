@@ -1,0 +1,127 @@
+"""Runs over a grid, a line each, and what follows from them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.checkpoints import write_whole
+from .grid import read_runs
+from .spikes import find_spikes, largest_rise
+from .width import width_in_decades
+
+
+RUNS_FILE = "runs.jsonl"
+
+
+def summarize(run: dict[str, Any]) -> dict[str, Any]:
+    """Say in a few numbers, of four digits, what a run did; numbers of prompts are medians over blocks.
+
+    Args:
+        run: One of `read_runs`.
+
+    Returns:
+        The point and its test accuracy; `spikes` and `largest_rise` of the loss after warm-up (nats); `length` at the
+        first and at the last step; `turn` in radians at the largest learning rate and half way from there to the end;
+        `cosine`, the largest one of gradient and prompt.
+    """
+    steps, row = run.get("steps"), {name: value for name, value in run.items() if name != "steps"}
+    if not steps or not steps["loss"] or not steps["directions"]:
+        return _rounded(row)
+    directions = steps["directions"].values()
+    rates = next(iter(directions))["learning_rate"]
+    warmup = rates.index(max(rates))
+    half = (warmup + len(rates)) // 2
+
+    def at(name: str, step: int) -> float:
+        return statistics.median(d[name][min(step, len(d[name]) - 1)] for d in directions)
+
+    row |= {
+        "spikes": len(find_spikes(steps["loss"], warmup)),
+        "largest_rise": largest_rise(steps["loss"], warmup),
+        "length": [at("length", 0), at("length", len(steps["loss"]) - 1)],
+        "turn": [at("turn", warmup), at("turn", half)],
+        "cosine": max(max(direction["cosine"]) for direction in directions),
+    }
+    return _rounded(row)
+
+
+def read_summaries(path: str | Path) -> list[dict[str, Any]]:
+    """Read summaries from a file that `write_summaries` has written, or of all runs in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [summarize(run) for run in read_runs(path)]
+    if not rows:
+        raise FileNotFoundError(
+            f"Found no finished run in '{path}'. A report needs runs of `scripts/learning_rates.py run`, or the "
+            f"{RUNS_FILE} of an earlier report: correct the path."
+        )
+    return rows
+
+
+def read_steps(folder: str | Path) -> dict[str, Any]:
+    """Read what `steps.json` of one run holds."""
+    steps = [run["steps"] for run in read_runs(folder) if run["steps"]]
+    if len(steps) != 1:
+        raise ValueError(
+            f"Found {len(steps) or 'no'} finished run with its steps in '{folder}'. A course is that of one run: name "
+            "a folder with a run.json and a steps.json."
+        )
+    return steps[0]
+
+
+def write_summaries(rows: Iterable[dict[str, Any]], path: str | Path) -> None:
+    """Write a JSON line for each run."""
+    write_whole(Path(path), "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def scores_by_rate(rows: Sequence[dict[str, Any]]) -> dict[float, float]:
+    """Mean test accuracy over seeds of each learning rate or angle; 0 for a run that diverged."""
+    scores: dict[float, list[float]] = {}
+    for row in rows:
+        scores.setdefault(row["rate"], []).append(row["test_accuracy"] or 0.0)
+    return {rate: statistics.mean(values) for rate, values in sorted(scores.items())}
+
+
+def groups_of(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that agree in some values, by these, in order of appearance."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
+    """Markdown: for each method, data set and treatment the best accuracy, where it is, and how wide the region is.
+
+    Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, and of the best one of
+    all treatments of the method on that data.
+    """
+    titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
+    titles += ["width, best of all", "largest rise of the loss"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for (data, method), together in groups_of(rows, "data", "method").items():
+        treatments = groups_of(together, "treatment", "weight_decay")
+        best_of_all = max(max(scores_by_rate(own).values()) for own in treatments.values())
+        for (treatment, decay), own in treatments.items():
+            scores = scores_by_rate(own)
+            rate = max(scores, key=scores.get)
+            rises = [row["largest_rise"] for row in own if "largest_rise" in row]
+            cells = [data, method, treatment, f"{decay:g}", str(len({row["seed"] for row in own}))]
+            cells += [f"{100 * scores[rate]:.1f}", f"{rate:g}", f"{width_in_decades(scores, tolerance):.1f}"]
+            cells += [f"{width_in_decades(scores, tolerance, best_of_all):.1f}"]
+            cells += [f"{max(rises):.2f}" if rises else "–"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return {name: _rounded(item) for name, item in value.items()} if isinstance(value, dict) else value

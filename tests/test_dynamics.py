@@ -1,0 +1,212 @@
+"""Grids of learning rates: spikes, widths, and runs that are not repeated."""
+
+import json
+import runpy
+
+import numpy as np
+import pytest
+from filelock import FileLock
+
+from hf_vpt.dynamics import (
+    Point,
+    find_spikes,
+    grid,
+    largest_rise,
+    points_of,
+    read_runs,
+    run_grid,
+    smooth,
+    width_in_decades,
+)
+from hf_vpt.dynamics.summary import read_summaries, summarize, width_table, write_summaries
+
+
+def falling(steps=200, noise=0.1):
+    return 2 * np.exp(-np.arange(steps) / 50) + noise * np.random.default_rng(0).standard_normal(steps)
+
+
+def test_smoothing_is_the_mean_of_the_last_steps():
+    np.testing.assert_allclose(smooth([1, 2, 3, 4, 5], window=3), [1, 1.5, 2, 3, 4])
+
+
+def test_a_noisy_loss_that_falls_has_no_spike():
+    assert find_spikes(falling()) == []
+    assert largest_rise(falling()) < 0.3
+
+
+def test_spikes_are_found_where_they_are_and_as_high_as_they_are():
+    losses = falling(noise=0)
+    losses[100:112] += 3
+    losses[150:160] += 1
+    losses[170:172] += 1  # too short for a mean over eight steps
+    spikes = find_spikes(losses)
+    assert [(s.start, s.peak) for s in spikes] == [(101, 107), (154, 157)]
+    assert spikes[0].height == pytest.approx(losses[100:108].mean() - losses[92:100].mean())
+    assert largest_rise(losses) == pytest.approx(spikes[0].height)
+
+
+def test_what_happens_while_warming_up_does_not_count_and_a_loss_that_stays_up_is_one_spike():
+    losses = np.concatenate([np.full(10, 1.0), np.full(20, 4.0), np.full(50, 1.0), np.full(50, 3.0)])
+    (spike,) = find_spikes(losses, warmup=40)
+    assert spike.height == pytest.approx(2) and 80 < spike.start < 85
+    assert find_spikes(losses[:5], warmup=10) == [] and largest_rise(losses[:5], warmup=10) == 0
+
+
+def test_a_width_is_measured_between_learning_rates_too():
+    scores = {0.01: 0.5, 0.1: 0.9, 1.0: 0.9, 10.0: 0.7}
+    # Down by 0.01 of 0.4 and of 0.2 on the way to the next ones.
+    assert width_in_decades(scores) == pytest.approx(1 + 0.01 / 0.4 + 0.01 / 0.2)
+    assert width_in_decades(scores, tolerance=0.2) == pytest.approx(1 + 0.5 + 1)
+    assert width_in_decades(scores, best=0.905) == pytest.approx(1 + 0.005 / 0.4 + 0.005 / 0.2)
+    assert width_in_decades(scores, best=0.95) == 0
+
+
+def test_a_second_hill_does_not_belong_to_the_region():
+    assert width_in_decades({0.1: 0.9, 1: 0.5, 10: 0.899}) == pytest.approx(0.025)
+
+
+def test_points_are_all_combinations_with_a_folder_each():
+    points = points_of(["digits"], ["vpt", "bpt"], ["sgd", "adamw_angle"], [0.1, 1], [0, 0.1], [0, 1])
+    assert len({point.folder for point in points}) == len(points) == 32
+    assert [point.seed for point in points] == [0] * 16 + [1] * 16
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Words that a run was trained with, in place of training."""
+    calls = []
+
+    def train(settings, shared):
+        calls.append(settings)
+        if settings.training.learning_rate == 10:
+            raise FloatingPointError("Found a loss of nan")
+        return {"test_accuracy": 0.5}
+
+    monkeypatch.setattr(grid, "train_classifier", train)
+    return calls
+
+
+def test_runs_are_trained_once_and_one_that_diverges_is_no_error(tmp_path, trained, pytestconfig):
+    points = points_of(["digits"], ["vpt"], ["adamw"], [0.1, 10])
+    for _ in range(2):
+        run_grid(points, tmp_path, pytestconfig.rootpath / "configs", report=lambda line: None)
+    assert [settings.training.learning_rate for settings in trained] == [0.1, 10]
+    runs = list(read_runs(tmp_path))
+    assert [(run["rate"], run["test_accuracy"], bool(run["diverged"])) for run in runs] == [
+        (0.1, 0.5, False),
+        (10, None, True),
+    ]
+
+
+def test_a_run_that_another_process_is_at_is_passed_over(tmp_path, trained, pytestconfig):
+    (point,) = points_of(["digits"], ["vpt"], ["adamw"], [0.1])
+    (tmp_path / point.folder).mkdir(parents=True)
+    with FileLock(tmp_path / point.folder / "lock"):
+        run_grid([point], tmp_path, pytestconfig.rootpath / "configs", report=lambda line: None)
+    assert trained == []
+
+
+def test_runs_with_other_words_are_not_mixed(tmp_path, trained, pytestconfig):
+    points, configs = points_of(["digits"], ["vpt"], ["adamw"], [0.1]), pytestconfig.rootpath / "configs"
+    run_grid(points, tmp_path, configs, ["--num_train_epochs", "1"], report=lambda line: None)
+    assert trained[0].training.num_train_epochs == 1
+    with pytest.raises(ValueError, match="with the words --num_train_epochs 1, and now none.*another folder"):
+        run_grid(points, tmp_path, configs)
+
+
+def test_a_data_set_without_a_file_of_settings_is_refused(tmp_path, pytestconfig):
+    with pytest.raises(ValueError, match=r"data set 'cifar100' and no file '.*cifar100\.yaml'.*use digits"):
+        Point("cifar100", "vpt", "sgd", 0.1).words(pytestconfig.rootpath / "configs", tmp_path)
+
+
+def test_folders_with_spaces_are_one_word_and_near_rates_have_folders_of_their_own(tmp_path, pytestconfig):
+    words = Point("digits", "vpt", "sgd", 0.1).words(pytestconfig.rootpath / "configs", tmp_path / "my runs")
+    assert str(tmp_path / "my runs") in words
+    near = [Point("digits", "vpt", "sgd", rate).folder for rate in (0.1234567, 0.1234568, 1.0)]
+    assert len(set(near)) == 3 and near[2].name == "1_0_0"
+
+
+def run_of(rate, accuracy, treatment="sgd", **changes):
+    rates = [0.0, 0.5 * rate, rate, 0.6 * rate, 0.2 * rate]
+    block = {"learning_rate": rates, "turn": [0.0, 0.1, 0.2, 0.3, 0.4], "cosine": [0, 1e-8, 0, 0, 0]}
+    other = {"learning_rate": rates, "turn": [0.0, 0.3, 0.4, 0.5, 0.6], "cosine": [2e-8, 0, 0, 0, 0]}
+    steps = {"loss": [2.0, 9.0, 1.0, 3.0, 1.0], "directions": {"a": block, "b": other}}
+    for number, directions in enumerate(steps["directions"].values()):
+        directions |= {"length": [1.0, 1.0, 1.0, 1.0, 3.0 + number], "gradient": [0.5] * 5}
+    point = {"data": "digits", "method": "vpt", "treatment": treatment, "rate": rate, "weight_decay": 0.0, "seed": 0}
+    return point | {"test_accuracy": accuracy, "diverged": None, "steps": steps} | changes
+
+
+def test_a_summary_tells_what_a_run_did_from_its_largest_learning_rate_on():
+    row = summarize(run_of(0.1, 0.5))
+    assert "steps" not in row and (row["rate"], row["test_accuracy"]) == (0.1, 0.5)
+    assert row["length"] == [1.0, 3.5] and row["cosine"] == 2e-8
+    assert row["turn"] == pytest.approx([0.3, 0.4])  # medians at step 2, and half way from there to the end
+    assert row["largest_rise"] == 0  # the mean of eight steps falls from the warm-up's 9 on
+    bare = run_of(0.1, None, steps=None)
+    assert summarize(bare) == {name: value for name, value in bare.items() if name != "steps"}
+
+
+def test_a_table_has_the_width_of_each_treatment_and_summaries_come_back_from_their_file(tmp_path):
+    runs = [run_of(0.1, 0.5), run_of(1.0, 0.7), run_of(1.0, 0.72, seed=1), run_of(0.1, 0.8, "sgd_angle")]
+    rows = [summarize(run) for run in runs]
+    write_summaries(rows, tmp_path / "runs.jsonl")
+    assert read_summaries(tmp_path / "runs.jsonl") == rows
+    lines = width_table(rows).splitlines()
+    assert lines[2].startswith("| digits | vpt | sgd | 0 | 2 | 71.0 | 1 | 0.0 | 0.0 | 0.00 |")
+    assert lines[3].startswith("| digits | vpt | sgd_angle | 0 | 1 | 80.0 | 0.1 |")
+    with pytest.raises(FileNotFoundError, match="no finished run in .*correct the path"):
+        read_summaries(tmp_path)
+
+
+def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_path, pytestconfig, capsys):
+    pytest.importorskip("matplotlib")
+    for index, rate in enumerate((0.1, 1.0)):
+        run = run_of(rate, 0.5 + index / 10)
+        folder = tmp_path / "runs" / str(index)
+        folder.mkdir(parents=True)
+        (folder / "steps.json").write_text(json.dumps(run.pop("steps")))
+        (folder / "run.json").write_text(json.dumps(run))
+    script = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "learning_rates.py"))
+    first = ["report", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "a"), "--courses", f"{tmp_path}/runs/1"]
+    script["main"](first)
+    table = capsys.readouterr().out
+    assert "| digits | vpt | sgd | 0 | 1 | 60.0 | 1 |" in table
+    script["main"](["report", str(tmp_path / "a" / "runs.jsonl"), "--output_dir", str(tmp_path / "b")])
+    assert capsys.readouterr().out == table
+    assert (tmp_path / "a" / "courses.png").stat().st_size > 1000
+    pictures = [(tmp_path / name / "learning_rates_vpt.png").read_bytes() for name in "ab"]
+    assert pictures[0] == pictures[1]
+    with pytest.raises(ValueError, match="no finished run with its steps in '.*nowhere'"):
+        script["main"]([*first[:-1], str(tmp_path / "nowhere")])
+
+
+def test_words_after_two_dashes_go_to_every_run(pytestconfig):
+    script = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "learning_rates.py"))
+    words = ["run", "my runs", "--rates", "0.1", "1", "--", "--bf16", "true"]
+    args, more = script["parse_arguments"](words)
+    assert (args.folder, args.rates, more) == ("my runs", [0.1, 1.0], ["--bf16", "true"])
+
+
+@pytest.mark.parametrize("method", ["vpt", "vapt", "provpt", "bpt"])
+@pytest.mark.parametrize("treatment", grid.TREATMENTS)
+def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestconfig):
+    point = Point("drawn/counting", method, treatment, 0.05, weight_decay=0.01, seed=3)
+    words = point.words(pytestconfig.rootpath / "configs", tmp_path)
+    training = grid.parse_arguments(words).training
+    assert training.optim.value.startswith("sgd" if "adamw" not in treatment else "adamw")
+    assert (training.prompt_angle == 0.05) == treatment.endswith(("_angle", "_fall"))
+    assert (training.prompt_final_angle is not None) == treatment.endswith("_fall")
+    assert (training.learning_rate == 0.05) != treatment.endswith(("_angle", "_fall"))
+    assert (training.prompt_norm_floor is not None) == treatment.endswith("_floor")
+    assert (training.prompt_norm == 1) == treatment.endswith("_norm")
+    assert (training.head_learning_rate == 0.05) == (treatment == "published")
+    assert (training.weight_decay, training.head_weight_decay, training.seed) == (0.01, 0, 3)
+    assert training.record_steps and not training.load_best_model_at_end
+
+
+def test_a_recorded_run_is_read_with_its_steps(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text(json.dumps({"rate": 1}))
+    (tmp_path / "a" / "steps.json").write_text(json.dumps({"loss": [1.0]}))
+    assert list(read_runs(tmp_path)) == [{"rate": 1, "steps": {"loss": [1.0]}}]
