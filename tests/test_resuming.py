@@ -123,7 +123,15 @@ def test_a_checkpoint_from_before_the_evaluation_at_the_end_of_its_epoch_leads_t
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("words", ["--prompt_angle 0.1", "--prompt_norm 0.5 --optim sgd --optim_args momentum=0.9"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--prompt_angle 0.1",
+        "--prompt_angle 0.1 --prompt_final_angle 0.001 --lr_schedule_unit epoch",
+        "--prompt_norm 0.5 --optim sgd --optim_args momentum=0.9",
+        "--prompt_norm_floor 0.2 --weight_decay 10",
+    ],
+)
 def test_prompts_that_turn_go_on_as_if_nothing_had_happened(options, tmp_path, words):
     words = [
         *words.split(),
@@ -143,6 +151,15 @@ def test_prompts_that_turn_go_on_as_if_nothing_had_happened(options, tmp_path, w
     assert run(options, tmp_path / "stopped", *words, "--resume_from_checkpoint", "last") == undisturbed
     steps = [(tmp_path / name / STEPS_FILE).read_text() for name in ("undisturbed", "stopped")]
     assert steps[0] == steps[1]
+
+
+def test_a_checkpoint_of_a_version_without_angles_is_that_of_a_run_without_them(options, tmp_path):
+    identity = RunIdentity(parse_arguments([*options, "--output_dir", str(tmp_path)]))
+    older = {name: value for name, value in identity.state_dict().items() if not name.startswith("prompt_")}
+    identity.load_state_dict(older)
+    turning = RunIdentity(parse_arguments([*options, "--output_dir", str(tmp_path), "--prompt_angle", "0.1"]))
+    with pytest.raises(ValueError, match="checkpoint made with prompt_angle None, and a run with prompt_angle 0.1"):
+        turning.load_state_dict(older)
 
 
 def test_without_a_checkpoint_auto_starts_anew(options, tmp_path):
