@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_vpt.dynamics import TREATMENTS, points_of, run_grid
 from hf_vpt.dynamics.summary import RUNS_FILE, groups_of, read_steps, read_summaries, width_table, write_summaries
-from hf_vpt.plots import plot_courses, plot_learning_rates
+from hf_vpt.plots import plot_courses, plot_learning_rates, plot_turns
 from hf_vpt.tuners import METHODS
 
 
@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     print(width_table(rows))
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")
+        plot_turns(own, folder / f"turns_{method}.png")
     if args.courses:
         plot_courses({path: read_steps(path) for path in args.courses}, folder / "courses.png")
 

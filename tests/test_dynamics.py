@@ -175,8 +175,8 @@ def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_pat
     script["main"](["report", str(tmp_path / "a" / "runs.jsonl"), "--output_dir", str(tmp_path / "b")])
     assert capsys.readouterr().out == table
     assert (tmp_path / "a" / "courses.png").stat().st_size > 1000
-    pictures = [(tmp_path / name / "learning_rates_vpt.png").read_bytes() for name in "ab"]
-    assert pictures[0] == pictures[1]
+    for name in ("learning_rates_vpt.png", "turns_vpt.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(ValueError, match="no finished run with its steps in '.*nowhere'"):
         script["main"]([*first[:-1], str(tmp_path / "nowhere")])
 
