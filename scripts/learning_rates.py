@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_vpt.dynamics import TREATMENTS, points_of, run_grid
 from hf_vpt.dynamics.summary import RUNS_FILE, groups_of, read_steps, read_summaries, width_table, write_summaries
-from hf_vpt.plots import plot_courses, plot_learning_rates
+from hf_vpt.plots import plot_courses, plot_learning_rates, plot_turns
 from hf_vpt.tuners import METHODS
 
 
@@ -33,7 +33,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     run.add_argument("--weight_decays", nargs="+", type=float, default=[0.0])
     run.add_argument("--seeds", nargs="+", type=int, default=[0])
     report = commands.add_parser("report", help="draw pictures and print tables of what is there")
-    report.add_argument("folder", help="folder of runs, or the runs.jsonl of an earlier report")
+    report.add_argument("paths", nargs="+", help="folders of runs, or runs.jsonl of earlier reports")
     report.add_argument("--output_dir", default=".", help="folder of pictures and runs.jsonl")
     report.add_argument("--courses", nargs="+", default=[], help="folders of single runs, to be drawn step by step")
     end = argv.index("--") if "--" in argv else len(argv)
@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> None:
         return
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    rows = read_summaries(args.folder)
+    rows = read_summaries(*args.paths)
     write_summaries(rows, folder / RUNS_FILE)
     print(width_table(rows))
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")
+        plot_turns(own, folder / f"turns_{method}.png")
     if args.courses:
         plot_courses({path: read_steps(path) for path in args.courses}, folder / "courses.png")
 

@@ -152,11 +152,14 @@ def test_a_table_has_the_width_of_each_treatment_and_summaries_come_back_from_th
     rows = [summarize(run) for run in runs]
     write_summaries(rows, tmp_path / "runs.jsonl")
     assert read_summaries(tmp_path / "runs.jsonl") == rows
+    write_summaries([summarize(run_of(1.0, 0.9)), summarize(run_of(2.0, 0.9))], tmp_path / "more.jsonl")
+    both = read_summaries(tmp_path / "runs.jsonl", tmp_path / "more.jsonl")
+    assert [row["test_accuracy"] for row in both] == [0.5, 0.9, 0.72, 0.9, 0.8]
     lines = width_table(rows).splitlines()
     assert lines[2].startswith("| digits | vpt | sgd | 0 | 2 | 71.0 | 1 | 0.0 | 0.0 | 0.00 |")
     assert lines[3].startswith("| digits | vpt | sgd_angle | 0 | 1 | 80.0 | 0.1 |")
     with pytest.raises(FileNotFoundError, match="no finished run in .*correct the path"):
-        read_summaries(tmp_path)
+        read_summaries(tmp_path / "nowhere")
 
 
 def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_path, pytestconfig, capsys):
@@ -175,8 +178,8 @@ def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_pat
     script["main"](["report", str(tmp_path / "a" / "runs.jsonl"), "--output_dir", str(tmp_path / "b")])
     assert capsys.readouterr().out == table
     assert (tmp_path / "a" / "courses.png").stat().st_size > 1000
-    pictures = [(tmp_path / name / "learning_rates_vpt.png").read_bytes() for name in "ab"]
-    assert pictures[0] == pictures[1]
+    for name in ("learning_rates_vpt.png", "turns_vpt.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(ValueError, match="no finished run with its steps in '.*nowhere'"):
         script["main"]([*first[:-1], str(tmp_path / "nowhere")])
 

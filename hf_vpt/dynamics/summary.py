@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..training.checkpoints import write_whole
-from .grid import read_runs
+from .grid import Point, read_runs
 from .spikes import find_spikes, largest_rise
 from .width import width_in_decades
 
@@ -49,18 +50,25 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
     return _rounded(row)
 
 
-def read_summaries(path: str | Path) -> list[dict[str, Any]]:
-    """Read summaries from a file that `write_summaries` has written, or of all runs in a folder."""
-    path = Path(path)
-    if path.is_file():
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [summarize(run) for run in read_runs(path)]
-    if not rows:
-        raise FileNotFoundError(
-            f"Found no finished run in '{path}'. A report needs runs of `scripts/learning_rates.py run`, or the "
-            f"{RUNS_FILE} of an earlier report: correct the path."
-        )
-    return rows
+def read_summaries(*paths: str | Path) -> list[dict[str, Any]]:
+    """Read summaries from files that `write_summaries` has written, and of all runs in folders; each point once.
+
+    Raises:
+        FileNotFoundError: There is none at a path.
+    """
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if path.is_file():
+            found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        else:
+            found = [summarize(run) for run in read_runs(path)]
+        if not found:
+            raise FileNotFoundError(
+                f"Found no finished run in '{path}'. A report needs runs of `scripts/learning_rates.py run`, or the "
+                f"{RUNS_FILE} of an earlier report: correct the path."
+            )
+        rows |= {tuple(row[field.name] for field in fields(Point)): row for row in found}
+    return sorted(rows.values(), key=lambda row: [row[field.name] for field in fields(Point)])
 
 
 def read_steps(folder: str | Path) -> dict[str, Any]:

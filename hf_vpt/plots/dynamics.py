@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,53 @@ def plot_learning_rates(rows: Sequence[Mapping[str, Any]], path: str | Path, tol
         path: File to write, PNG, SVG or PDF by its ending.
         tolerance: See `width_in_decades`.
     """
+
+    def draw(axis: Any, own: list[Mapping[str, Any]], style: dict[str, Any]) -> None:
+        scores = {rate: 100 * score for rate, score in scores_by_rate(own).items()}
+        axis.plot(list(scores), list(scores.values()), marker=".", **style)
+        good = [rate for rate in scores if scores[rate] >= max(scores.values()) - 100 * tolerance]
+        axis.plot(good, [scores[rate] for rate in good], "o", color=style["color"])
+        for (rate,), seeds in groups_of(own, "rate").items():
+            values = [100 * (row["test_accuracy"] or 0.0) for row in seeds]
+            axis.plot([rate, rate], [min(values), max(values)], color=style["color"], linewidth=0.8)
+
+    _plot_against_rates(rows, draw, "test accuracy, %", path)
+
+
+def plot_turns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw by how much prompts turn in a step, half way from warm-up to the end, against the learning rate.
+
+    Args:
+        rows: Summaries of runs of one method, with their steps.
+        path: File to write, PNG, SVG or PDF by its ending.
+    """
+
+    def draw(axis: Any, own: list[Mapping[str, Any]], style: dict[str, Any]) -> None:
+        turns = {rate: [row["turn"][1] for row in rows] for (rate,), rows in sorted(groups_of(own, "rate").items())}
+        axis.plot(list(turns), [statistics.mean(values) for values in turns.values()], marker=".", **style)
+        axis.set_yscale("log")
+
+    _plot_against_rates([row for row in rows if "turn" in row], draw, "turn in a step, half way, rad", path)
+
+
+def _plot_against_rates(
+    rows: Sequence[Mapping[str, Any]],
+    draw: Callable[[Any, list[Mapping[str, Any]], dict[str, Any]], None],
+    label: str,
+    path: str | Path,
+) -> None:
     panels = groups_of(rows, "data")
     figure, axes = new_figure(len(panels), width=4.2)
     colours: dict[str, str] = {}
     for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
         for (treatment, decay), own in groups_of(together, "treatment", "weight_decay").items():
-            label = f"{treatment}, decay {decay:g}" if decay else treatment
-            colour = colours.setdefault(label, f"C{len(colours)}")
-            scores = {rate: 100 * score for rate, score in scores_by_rate(own).items()}
-            style = "--" if treatment.endswith(("_angle", "_fall", "_norm")) else "-"
-            axis.plot(list(scores), list(scores.values()), style, color=colour, marker=".", label=label)
-            good = [rate for rate in scores if scores[rate] >= max(scores.values()) - 100 * tolerance]
-            axis.plot(good, [scores[rate] for rate in good], "o", color=colour)
-            for (rate,), seeds in groups_of(own, "rate").items():
-                values = [100 * (row["test_accuracy"] or 0.0) for row in seeds]
-                axis.plot([rate, rate], [min(values), max(values)], color=colour, linewidth=0.8)
+            name = f"{treatment}, decay {decay:g}" if decay else treatment
+            line = "--" if treatment.endswith(("_angle", "_fall", "_norm")) else "-"
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            draw(axis, own, {"color": colour, "label": name, "linestyle": line})
         axis.set(title=data, xscale="log", xlabel="learning rate, or angle in radians")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel(label)
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
     figure.savefig(path)
