@@ -67,12 +67,14 @@ def _plot_against_rates(
 ) -> None:
     panels = groups_of(rows, "data")
     figure, axes = new_figure(len(panels), width=4.2)
-    colours: dict[str, str] = {}
+    from matplotlib import colormaps
+
+    colours: dict[str, Any] = {}
     for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
         for (treatment, decay), own in groups_of(together, "treatment", "weight_decay").items():
             name = f"{treatment}, decay {decay:g}" if decay else treatment
             line = "--" if treatment.endswith(("_angle", "_fall", "_norm")) else "-"
-            colour = colours.setdefault(name, f"C{len(colours)}")
+            colour = colours.setdefault(name, colormaps["tab20"](len(colours) % 20))
             draw(axis, own, {"color": colour, "label": name, "linestyle": line})
         axis.set(title=data, xscale="log", xlabel="learning rate, or angle in radians")
         axis.grid(alpha=0.3)

@@ -83,8 +83,10 @@ class StepRecorder(TrainerCallback):
             tensors, by_row = direction.tensors, direction.by_row
             self._before.append([tensor.detach().clone() for tensor in tensors])
             length, slope = length_of(tensors, by_row), length_of(gradients, by_row)
-            cosine = dot(gradients, tensors, by_row) / (slope * length).clamp_min(torch.finfo(length.dtype).tiny)
-            values = {"length": length / direction.unit, "cosine": cosine.abs(), "gradient": slope * length}
+            product = slope * length
+            # A gradient may be too small to be squared.
+            cosine = torch.where(product > 0, dot(gradients, tensors, by_row) / product, 0.0)
+            values = {"length": length / direction.unit, "cosine": cosine.abs(), "gradient": product}
             own = self.steps["directions"].setdefault(name, {})
             for key, value in values.items():
                 own.setdefault(key, []).append(value.mean().item())
