@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..report.tables import markdown_table
 from ..training.checkpoints import write_whole
 from .grid import Point, read_runs
 from .spikes import find_spikes, largest_rise
@@ -111,7 +112,7 @@ def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
     """
     titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
     titles += ["width, best of all", "largest rise of the loss"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    lines = []
     for (data, method), together in groups_of(rows, "data", "method").items():
         treatments = groups_of(together, "treatment", "weight_decay")
         best_of_all = max(max(scores_by_rate(own).values()) for own in treatments.values())
@@ -123,8 +124,8 @@ def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
             cells += [f"{100 * scores[rate]:.1f}", f"{rate:g}", f"{width_in_decades(scores, tolerance):.1f}"]
             cells += [f"{width_in_decades(scores, tolerance, best_of_all):.1f}"]
             cells += [f"{max(rises):.2f}" if rises else "–"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown_table(titles, lines)
 
 
 def _rounded(value: Any) -> Any:

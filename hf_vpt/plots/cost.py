@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..benchmark import BAKED, COMPILED, CONCATENATED, FLOOR, Measurement
-from .figure import new_figure
+from .figure import draw_legend, new_figure
 
 
 LABELS = {
@@ -50,8 +50,7 @@ def plot_cost(
         axis.set(title=mode, xlabel=LABELS[over], ylabel="seconds, × frozen backbone")
         axis.grid(alpha=0.3)
     # Baked models are in one panel alone.
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
+    draw_legend(figure, axes)
     figure.savefig(path)
 
 

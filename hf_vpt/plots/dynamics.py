@@ -9,7 +9,7 @@ from typing import Any
 
 from ..dynamics import smooth
 from ..dynamics.summary import groups_of, scores_by_rate
-from .figure import new_figure
+from .figure import draw_legend, new_figure
 
 
 PANELS = {
@@ -79,8 +79,7 @@ def _plot_against_rates(
         axis.set(title=data, xscale="log", xlabel="learning rate, or angle in radians")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(label)
-    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)
+    draw_legend(figure, axes)
     figure.savefig(path)
 
 
@@ -106,5 +105,5 @@ def plot_courses(courses: Mapping[str, Mapping[str, Any]], path: str | Path) -> 
         axis.grid(alpha=0.3)
         if title != PANELS["loss"]:
             axis.set_yscale("log")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    draw_legend(figure, axes[:1])
     figure.savefig(path)

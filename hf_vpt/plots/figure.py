@@ -24,3 +24,9 @@ def new_figure(num_panels: int = 1, width: float = 5.0, height: float = 3.6) -> 
         ) from error
     figure = Figure(figsize=(width * num_panels, height), dpi=150, layout="constrained")
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+
+
+def draw_legend(figure: Any, axes: list[Any]) -> None:
+    """Draw one legend beside all panels; what has the same name in several of them is there once."""
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..report import Row, parts
-from .figure import new_figure
+from .figure import draw_legend, new_figure
 
 
 def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
@@ -38,5 +38,5 @@ def plot_scores(rows: Sequence[Row], path: str | Path) -> None:
     )
     axis.set(ylabel="test accuracy, %", xlim=(-0.5, len(datasets) - 0.5))
     axis.grid(axis="y", alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    draw_legend(figure, [axis])
     figure.savefig(path)

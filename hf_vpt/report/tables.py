@@ -97,7 +97,7 @@ def _dataset_table(rows: Sequence[Row]) -> str:
     }
     # A column that nobody knows anything for says nothing.
     columns = {name: cells for name, cells in columns.items() if set(cells) != {"–"}}
-    return _table(list(columns), list(zip(*columns.values())))
+    return markdown_table(list(columns), list(zip(*columns.values())))
 
 
 def _benchmark_parts(benchmark: str, means: Sequence[BenchmarkMean]) -> list[str]:
@@ -120,7 +120,7 @@ def _benchmark_parts(benchmark: str, means: Sequence[BenchmarkMean]) -> list[str
             "- Published scores are on VTAB-1k as their authors prepared it. On CIFAR-100 the archive is known to "
             "give about ten points less than the original images."
         )
-    parts = [f"## {_HEADINGS[benchmark]}, test accuracy in %", _table(head, lines)]
+    parts = [f"## {_HEADINGS[benchmark]}, test accuracy in %", markdown_table(head, lines)]
     return [*parts, "\n".join(notes)] if notes else parts
 
 
@@ -139,7 +139,8 @@ def _lines_of(mean: BenchmarkMean) -> list[tuple[str | None, list[float | None]]
     return [(None, own), *told]
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown from its titles and the cells of each line."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" if row[0] != "---" else "|" + "|".join(row) + "|" for row in rows)
 

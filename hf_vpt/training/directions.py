@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from ..tuners.base import Direction
-from .optimizer import directions_of
+from .optimizer import directions_of, rates_of
 
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class DirectionalSteps:
                 "on the weights' lengths: use optim=sgd or optim=adamw_torch, or leave prompt_norm and prompt_angle "
                 "out."
             )
-        known = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        known = rates_of(optimizer)
         if missing := [d for d in directions for tensor in d.tensors if id(tensor) not in known]:
             raise ValueError(
                 f"Found {len(missing)} tensors of directions that the optimizer does not have. It must step all of "
@@ -131,7 +131,7 @@ class DirectionalSteps:
 
     @torch.no_grad()
     def _turn(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+        rates = rates_of(optimizer)
         for direction, before in zip(self.directions, self._before):
             tensors, by_row = direction.tensors, direction.by_row
             length = length_of(before, by_row)

@@ -62,11 +62,10 @@ def group_by_role(
             are read.
         decayed: Parameters that `Trainer` gives weight decay to: all but biases and normalisation layers.
     """
-    factor = args.learning_rate_factor
     settings = {
-        "head": (_times(args.head_learning_rate, factor), args.head_weight_decay),
-        "norms": (_times(args.norm_learning_rate, factor), args.norm_weight_decay),
-        "directions": (args.prompt_angle, None),  # an angle, whatever the batch
+        "head": (args.head_learning_rate, args.head_weight_decay),
+        "norms": (args.norm_learning_rate, args.norm_weight_decay),
+        "directions": (args.prompt_angle, None),
     }
     settings = {role: own for role, own in settings.items() if own != (None, None)}
     if not settings:
@@ -86,13 +85,14 @@ def group_by_role(
                     continue
                 own = {**group, "params": members}
                 if role == "directions":
-                    own["is_angle"] = True
-                if learning_rate is not None:
-                    own["lr"] = learning_rate
+                    own |= {"lr": learning_rate, "is_angle": True}  # an angle, whatever the batch
+                elif learning_rate is not None:
+                    own["lr"] = learning_rate * args.learning_rate_factor
                 if decay is not None:
                     own["weight_decay"] = decay
                 optimizer.add_param_group(own)
 
 
-def _times(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor
+def rates_of(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """Return the learning rate, or the angle, that each parameter has now, by its `id`."""
+    return {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}

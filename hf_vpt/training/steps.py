@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .checkpoints import write_whole
 from .directions import dot, length_of, spread
-from .optimizer import directions_of
+from .optimizer import directions_of, rates_of
 
 
 STEPS_FILE = "steps.json"
@@ -77,7 +77,7 @@ class StepRecorder(TrainerCallback):
     ) -> None:
         self.steps["loss"].append(self._loss)
         self._loss = 0.0
-        rates = {id(tensor): group["lr"] for group in optimizer.param_groups for tensor in group["params"]}
+        rates = rates_of(optimizer)
         self._before = []
         for name, direction, gradients in zip(self._names, self._directions, self._gradients, strict=True):
             tensors, by_row = direction.tensors, direction.by_row
