@@ -18,15 +18,20 @@ from ..training.steps import STEPS_FILE
 
 
 RUN_FILE = "run.json"
+_SCORES = ("test_accuracy", "validation_accuracy")
 
 # Words for scripts/train.py; {rate} is what varies. The head's own learning rate is that of configs/ for AdamW, and
 # for SGD one at which it does not make spikes of its own (0.3 does). SGD's gradients are not clipped, as in the
 # published runs of VPT.
 _SGD = "--optim sgd --optim_args momentum=0.9 --max_grad_norm 0"
 _FALL = "--prompt_final_angle 0.003"
+_ONE = "--learning_rate {rate} --head_learning_rate {rate} --head_weight_decay {decay}"
 TREATMENTS = {
-    # One learning rate for prompts and head, as in the published code.
-    "published": f"{_SGD} --learning_rate {{rate}} --head_learning_rate {{rate}}",
+    # One learning rate and one weight decay for prompts and head, as in the published code of VPT and VAPT, with
+    # gradients clipped as in that of PRO-VPT, and with the optimizer of BPT.
+    "published": f"{_SGD} {_ONE}",
+    "published_clipped": f"--optim sgd --optim_args momentum=0.9 --max_grad_norm 0.25 {_ONE}",
+    "published_adamw": _ONE,
     "sgd": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03",
     "sgd_norm": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03 --prompt_norm 1",
     "sgd_angle": f"{_SGD} --learning_rate 0.1 --head_learning_rate 0.03 --prompt_angle {{rate}}",
@@ -52,7 +57,7 @@ class Point:
         method: Prompt method; its settings are those of `configs/<method>/`.
         treatment: Key of `TREATMENTS`.
         rate: Learning rate, or angle in radians.
-        weight_decay: Weight decay of prompts; the head has none.
+        weight_decay: Weight decay of prompts; the head has none, but where the treatment says so.
         seed: Seed.
     """
 
@@ -81,8 +86,8 @@ class Point:
                 f"Found the data set '{self.data}' and no file '{config}'. A grid takes a method's settings from the "
                 "file named like the data set or its group: add one, or use digits or drawn/<task>."
             )
-        own = TREATMENTS[self.treatment].format(rate=self.rate)
-        own += f" --weight_decay {self.weight_decay} --head_weight_decay 0 --seed {self.seed} {_COMMON}"
+        own = f"--weight_decay {self.weight_decay} --head_weight_decay 0 --seed {self.seed} {_COMMON} "
+        own += TREATMENTS[self.treatment].format(rate=self.rate, decay=self.weight_decay)
         where = ["--config", str(config), "--dataset_name", self.data, "--output_dir", str(output_dir)]
         return [*where, *own.split()]
 
@@ -113,8 +118,8 @@ def run_grid(
 ) -> None:
     """Train each point that nobody has trained yet. Several processes may share a folder; killed, each goes on.
 
-    A run leaves `run.json` (the point, the words for all runs, its test accuracy, and `diverged` if its loss became no
-    number) and `steps.json` in its folder.
+    A run leaves `run.json` (the point, the words for all runs, its accuracy on test and validation images, and
+    `diverged` if its loss became no number) and `steps.json` in its folder.
 
     Args:
         points: What to train.
@@ -147,10 +152,10 @@ def _train(words: Sequence[str], shared: SharedLoader) -> dict[str, Any]:
     try:
         metrics = train_classifier(parse_arguments(list(words)), shared)
     except FloatingPointError as error:
-        return {"test_accuracy": None, "diverged": str(error)}
+        return dict.fromkeys(_SCORES) | {"diverged": str(error)}
     finally:
         gc.collect()
-    return {"test_accuracy": metrics["test_accuracy"], "diverged": None}
+    return {name: metrics.get(name) for name in _SCORES} | {"diverged": None}
 
 
 def _check_words(path: Path, more: Sequence[str]) -> None:
