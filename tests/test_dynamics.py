@@ -203,8 +203,13 @@ def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestco
     assert (training.learning_rate == 0.05) != treatment.endswith(("_angle", "_fall"))
     assert (training.prompt_norm_floor is not None) == treatment.endswith("_floor")
     assert (training.prompt_norm == 1) == treatment.endswith("_norm")
-    assert (training.head_learning_rate == 0.05) == (treatment == "published")
-    assert (training.weight_decay, training.head_weight_decay, training.seed) == (0.01, 0, 3)
+    is_published = treatment.startswith("published")
+    assert (training.head_learning_rate == 0.05) == is_published
+    assert (training.weight_decay, training.head_weight_decay) == (0.01, 0.01 if is_published else 0)
+    unclipped = ["published", *(name for name in grid.TREATMENTS if name.startswith("sgd"))]
+    clips = {"published_clipped": 0.25} | dict.fromkeys(unclipped, 0)
+    assert training.max_grad_norm == clips.get(treatment, 1)
+    assert training.seed == 3
     assert training.record_steps and not training.load_best_model_at_end
 
 
