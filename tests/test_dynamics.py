@@ -18,7 +18,14 @@ from hf_vpt.dynamics import (
     smooth,
     width_in_decades,
 )
-from hf_vpt.dynamics.summary import read_summaries, summarize, width_table, write_summaries
+from hf_vpt.dynamics.summary import (
+    choose_points,
+    read_summaries,
+    score_table,
+    summarize,
+    width_table,
+    write_summaries,
+)
 
 
 def falling(steps=200, noise=0.1):
@@ -162,6 +169,29 @@ def test_a_table_has_the_width_of_each_treatment_and_summaries_come_back_from_th
         read_summaries(tmp_path / "nowhere")
 
 
+def test_the_setting_that_is_best_on_validation_images_is_trained_with_each_seed():
+    scores = {0.1: 0.5, 1.0: 0.7, 10.0: 0.7}
+    rows = [run_of(rate, 0.9 - score, validation_accuracy=score) for rate, score in scores.items()]
+    rows.append(run_of(100.0, None, validation_accuracy=None, diverged="Found a loss of nan"))
+    rows.append(run_of(3.0, 0.1, "adamw", validation_accuracy=0.1))
+    chosen = [(point.treatment, point.rate, point.seed) for point in choose_points(rows, [0, 2])]
+    assert chosen == [("sgd", 1.0, 0), ("sgd", 1.0, 2), ("adamw", 3.0, 0), ("adamw", 3.0, 2)]
+    with pytest.raises(ValueError, match="run of vpt on digits without an accuracy on validation images"):
+        choose_points([*rows, run_of(4.0, 0.5, validation_accuracy=None)], [0])
+
+
+def test_scores_are_means_over_seeds_and_over_data_sets_where_none_is_missing():
+    rows = [run_of(1.0, 0.70), run_of(1.0, 0.72, seed=1), run_of(1.0, 0.31, data="drawn/counting")]
+    rows += [run_of(0.1, 0.8, "sgd_angle"), run_of(0.1, None, "sgd_angle", method="bpt", diverged="nan")]
+    assert score_table(rows).splitlines() == [
+        "| method | treatment | digits | drawn/counting | mean |",
+        "|---|---|---|---|---|",
+        "| bpt | sgd_angle | 0.0 | – | – |",
+        "| vpt | sgd | 71.0 ± 1.4 | 31.0 | 51.0 |",
+        "| vpt | sgd_angle | 80.0 | – | – |",
+    ]
+
+
 def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_path, pytestconfig, capsys):
     pytest.importorskip("matplotlib")
     for index, rate in enumerate((0.1, 1.0)):
@@ -180,6 +210,7 @@ def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_pat
     assert (tmp_path / "a" / "courses.png").stat().st_size > 1000
     for name in ("learning_rates_vpt.png", "turns_vpt.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert "| vpt | sgd | 55.0 ± 7.1 | 55.0 |" in table
     with pytest.raises(ValueError, match="no finished run with its steps in '.*nowhere'"):
         script["main"]([*first[:-1], str(tmp_path / "nowhere")])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,51 @@ def groups_of(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ..
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
+
+
+def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Point]:
+    """The setting of each data set, method and treatment that is best on validation images, once with each seed.
+
+    Of equals it is the one that `read_summaries` names first: the smallest learning rate.
+
+    Raises:
+        ValueError: A run was not scored on validation images.
+    """
+    chosen = []
+    for own in groups_of(rows, "data", "method", "treatment").values():
+        if any(row.get("validation_accuracy") is None and not row["diverged"] for row in own):
+            raise ValueError(
+                f"Found a run of {own[0]['method']} on {own[0]['data']} without an accuracy on validation images. "
+                "Settings are chosen by it: train with validation images, not on them."
+            )
+        best = max(own, key=lambda row: row["validation_accuracy"] or 0.0)
+        point = Point(**{field.name: best[field.name] for field in fields(Point)})
+        chosen += [replace(point, seed=seed) for seed in seeds]
+    return chosen
+
+
+def score_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each method and treatment, a column for each data set and one for their mean.
+
+    Accuracies in per cent are means over seeds, with their standard deviation; the mean is over data sets, and `–`
+    where one is missing.
+    """
+    data = list(groups_of(rows, "data"))
+    lines = []
+    for (method, treatment), together in groups_of(rows, "method", "treatment").items():
+        by_data = groups_of(together, "data")
+        scores = [[100 * (row["test_accuracy"] or 0.0) for row in by_data.get(name, [])] for name in data]
+        means = [statistics.mean(own) for own in scores if own]
+        mean = f"{statistics.mean(means):.1f}" if len(means) == len(data) else "–"
+        lines.append([method, treatment, *map(_mean_and_deviation, scores), mean])
+    return markdown_table(["method", "treatment", *(name for (name,) in data), "mean"], sorted(lines))
+
+
+def _mean_and_deviation(scores: Sequence[float]) -> str:
+    if not scores:
+        return "–"
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.1f}{spread}"
 
 
 def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
