@@ -5,9 +5,8 @@
     python scripts/learning_rates.py report outputs/learning_rates --output_dir docs/images
 
 `final` trains the setting of each data set, method and treatment that is best on validation images, once with each
-seed.
-Runs that are there already are not repeated; several processes may share a folder. What the treatments are stands in
-hf_vpt/dynamics/grid.py, what came out in docs/learning_rate.md. Words after `--` go to every run, as to
+seed. Runs that are there already are not repeated; several processes may share a folder. What the treatments are
+stands in hf_vpt/dynamics/grid.py, what came out in docs/learning_rate.md. Words after `--` go to every run, as to
 scripts/train.py.
 """
 
@@ -73,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = read_summaries(*args.paths)
     write_summaries(rows, folder / RUNS_FILE)
-    print(width_table(rows), score_table(rows), sep="\n\n")
+    print(width_table(rows))
+    settings = groups_of(rows, "data", "method", "treatment", "rate", "weight_decay")
+    if len(settings) == len(groups_of(rows, "data", "method", "treatment")):
+        print(f"\n{score_table(rows)}")  # over seeds, and not over a grid
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")
         plot_turns(own, folder / f"turns_{method}.png")
