@@ -64,9 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         run_grid(points, args.folder, CONFIGS, more)
         return
     if args.command == "final":
-        rows = [row for row in read_summaries(*args.of) if row["method"] in args.methods]
-        rows = [row for row in rows if row["treatment"] in args.treatments]
-        run_grid(choose_points(rows, args.seeds), args.folder, CONFIGS, more)
+        rows = read_summaries(*args.of)
+        own = [row for row in rows if row["method"] in args.methods and row["treatment"] in args.treatments]
+        run_grid(choose_points(own, args.seeds), args.folder, CONFIGS, more)
         return
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

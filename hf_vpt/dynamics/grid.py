@@ -23,14 +23,15 @@ _SCORES = ("test_accuracy", "validation_accuracy")
 # Words for scripts/train.py; {rate} is what varies. The head's own learning rate is that of configs/ for AdamW, and
 # for SGD one at which it does not make spikes of its own (0.3 does). SGD's gradients are not clipped, as in the
 # published runs of VPT.
-_SGD = "--optim sgd --optim_args momentum=0.9 --max_grad_norm 0"
+_MOMENTUM = "--optim sgd --optim_args momentum=0.9"
+_SGD = f"{_MOMENTUM} --max_grad_norm 0"
 _FALL = "--prompt_final_angle 0.003"
 _ONE = "--learning_rate {rate} --head_learning_rate {rate} --head_weight_decay {decay}"
 TREATMENTS = {
     # One learning rate and one weight decay for prompts and head, as in the published code of VPT and VAPT, with
     # gradients clipped as in that of PRO-VPT, and with the optimizer of BPT.
     "published": f"{_SGD} {_ONE}",
-    "published_clipped": f"--optim sgd --optim_args momentum=0.9 --max_grad_norm 0.25 {_ONE}",
+    "published_clipped": f"{_MOMENTUM} --max_grad_norm 0.25 {_ONE}",
     "published_adamw": _ONE,
     "sgd": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03",
     "sgd_norm": f"{_SGD} --learning_rate {{rate}} --head_learning_rate 0.03 --prompt_norm 1",

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..report.tables import markdown_table
+from ..report.tables import markdown_table, mean_and_spread
 from ..training.checkpoints import write_whole
 from .grid import Point, read_runs
 from .spikes import find_spikes, largest_rise
@@ -138,15 +138,9 @@ def score_table(rows: Sequence[dict[str, Any]]) -> str:
         scores = [[100 * (row["test_accuracy"] or 0.0) for row in by_data.get(name, [])] for name in data]
         means = [statistics.mean(own) for own in scores if own]
         mean = f"{statistics.mean(means):.1f}" if len(means) == len(data) else "–"
-        lines.append([method, treatment, *map(_mean_and_deviation, scores), mean])
+        cells = [mean_and_spread(own) if own else "–" for own in scores]
+        lines.append([method, treatment, *cells, mean])
     return markdown_table(["method", "treatment", *(name for (name,) in data), "mean"], sorted(lines))
-
-
-def _mean_and_deviation(scores: Sequence[float]) -> str:
-    if not scores:
-        return "–"
-    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.1f}{spread}"
 
 
 def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,7 +85,7 @@ def _dataset_table(rows: Sequence[Row]) -> str:
     # Processor time too: several runs at once share a machine, and its clock.
     columns = {
         "method": [row.name for row in rows],
-        "test accuracy, %": [_spread(row.mean, row.std) for row in rows],
+        "test accuracy, %": [mean_and_spread(row.accuracies) for row in rows],
         "seeds": [str(len(row.runs)) for row in rows],
         "tuned parameters": [f"{row.tuned:,}" for row in rows],
         # Outside the head is the backbone in full fine-tuning.
@@ -145,8 +146,10 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" if row[0] != "---" else "|" + "|".join(row) + "|" for row in rows)
 
 
-def _spread(mean: float, std: float | None) -> str:
-    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean and, of several values, the standard deviation of a sample: `71.0 ± 1.4`."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def _score(value: float | None) -> str:
