@@ -180,6 +180,24 @@ def test_the_setting_that_is_best_on_validation_images_is_trained_with_each_seed
         choose_points([*rows, run_of(4.0, 0.5, validation_accuracy=None)], [0])
 
 
+def test_the_script_trains_the_chosen_settings_of_the_methods_and_treatments_asked_for(
+    tmp_path, trained, pytestconfig
+):
+    rows = [run_of(rate, 0.5, validation_accuracy=rate / 10) for rate in (0.1, 1.0)]
+    rows += [
+        run_of(3.0, 0.5, "adamw", validation_accuracy=0.5),
+        run_of(4.0, 0.5, method="bpt", validation_accuracy=0.5),
+    ]
+    write_summaries([summarize(row) for row in rows], tmp_path / "runs.jsonl")
+    script = runpy.run_path(str(pytestconfig.rootpath / "scripts" / "learning_rates.py"))
+    words = ["final", str(tmp_path / "final"), "--of", str(tmp_path / "runs.jsonl"), "--methods", "vpt"]
+    script["main"]([*words, "--treatments", "sgd", "--seeds", "0", "4", "--", "--train_on_validation", "true"])
+    assert [(s.training.learning_rate, s.training.seed, s.data.train_on_validation) for s in trained] == [
+        (1.0, 0, True),
+        (1.0, 4, True),
+    ]
+
+
 def test_scores_are_means_over_seeds_and_over_data_sets_where_none_is_missing():
     rows = [run_of(1.0, 0.70), run_of(1.0, 0.72, seed=1), run_of(1.0, 0.31, data="drawn/counting")]
     rows += [run_of(0.1, 0.8, "sgd_angle"), run_of(0.1, None, "sgd_angle", method="bpt", diverged="nan")]
