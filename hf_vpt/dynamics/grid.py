@@ -44,8 +44,8 @@ TREATMENTS = {
     "adamw_angle": "--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {rate}",
     "adamw_fall": f"--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {{rate}} {_FALL}",
     # configs/<method>/default.yaml; the learning rate that is left is that of the head and of what is no direction.
-    "recipe": f"--learning_rate {{rate}} --prompt_angle 0.1 {_FALL}",
-    "recipe_bpt": f"--learning_rate {{rate}} --prompt_angle 0.03 {_FALL}",
+    "recipe": f"--learning_rate {{rate}} --head_learning_rate {{rate}} --prompt_angle 0.1 {_FALL}",
+    "recipe_bpt": f"--learning_rate {{rate}} --head_learning_rate {{rate}} --prompt_angle 0.03 {_FALL}",
 }
 
 # Nothing is chosen, so validation images are not looked at; the last weights are tested.
