@@ -180,6 +180,12 @@ def test_the_setting_that_is_best_on_validation_images_is_trained_with_each_seed
         choose_points([*rows, run_of(4.0, 0.5, validation_accuracy=None)], [0])
 
 
+def test_a_setting_with_several_seeds_is_chosen_by_their_mean():
+    accuracies = {(0.1, 0): 0.6, (0.1, 1): 0.6, (1.0, 0): 0.8, (1.0, 1): 0.3}
+    rows = [run_of(rate, 0.5, seed=seed, validation_accuracy=a) for (rate, seed), a in accuracies.items()]
+    assert [point.rate for point in choose_points(rows, [0])] == [0.1]
+
+
 def test_the_script_trains_the_chosen_settings_of_the_methods_and_treatments_asked_for(
     tmp_path, trained, pytestconfig
 ):
@@ -243,7 +249,7 @@ def test_words_after_two_dashes_go_to_every_run(pytestconfig):
 
 
 @pytest.mark.parametrize("method", ["vpt", "vapt", "provpt", "bpt"])
-@pytest.mark.parametrize("treatment", grid.TREATMENTS)
+@pytest.mark.parametrize("treatment", [name for name in grid.TREATMENTS if not name.startswith("recipe")])
 def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestconfig):
     point = Point("drawn/counting", method, treatment, 0.05, weight_decay=0.01, seed=3)
     words = point.words(pytestconfig.rootpath / "configs", tmp_path)
@@ -262,6 +268,21 @@ def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestco
     assert training.max_grad_norm == clips.get(treatment, 1)
     assert training.seed == 3
     assert training.record_steps and not training.load_best_model_at_end
+
+
+@pytest.mark.parametrize("method", ["vpt", "vapt", "provpt", "bpt"])
+def test_the_treatment_of_the_recipe_is_that_of_the_default_file_of_the_method(method, tmp_path, pytestconfig):
+    configs = pytestconfig.rootpath / "configs"
+    default = grid.parse_arguments(["--config", str(configs / method / "default.yaml")]).training
+    treatment = "recipe_bpt" if method == "bpt" else "recipe"
+    words = Point("drawn/counting", method, treatment, default.learning_rate).words(configs, tmp_path)
+    run = grid.parse_arguments(words).training
+    for name in ("optim", "optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm"):
+        assert getattr(run, name) == getattr(default, name)
+    for name in ("prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor", "ema_decay"):
+        assert getattr(run, name) == getattr(default, name)
+    assert default.head_learning_rate is None and run.head_learning_rate == default.learning_rate
+    assert default.head_weight_decay is None and run.head_weight_decay == default.weight_decay == 0
 
 
 def test_a_recorded_run_is_read_with_its_steps(tmp_path):

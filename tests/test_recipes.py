@@ -90,7 +90,7 @@ def test_every_recipe_says_how_to_run_it_and_has_an_output_folder_of_its_own(pat
 
 def test_there_is_a_recipe_for_every_published_setting_and_a_default_for_the_rest():
     found = {method: [path.parts[1:] for path in RECIPES if path.parts[0] == method] for method in METHODS}
-    assert all(("default.yaml",) in files for files in found.values())
+    assert all({("default.yaml",), ("published.yaml",)} <= set(files) for files in found.values())
     counts = {
         (method, group): sum(files[0] == group for files in found[method])
         for method in METHODS

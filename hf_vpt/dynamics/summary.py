@@ -107,7 +107,7 @@ def groups_of(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ..
 def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Point]:
     """The setting of each data set, method and treatment that is best on validation images, once with each seed.
 
-    Of equals it is the one that `read_summaries` names first: the smallest learning rate.
+    A setting that was trained with several seeds counts with their mean. Of equals it is the one that `read_summaries` names first: the smallest learning rate.
 
     Raises:
         ValueError: A run was not scored on validation images.
@@ -119,8 +119,9 @@ def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[
                 f"Found a run of {own[0]['method']} on {own[0]['data']} without an accuracy on validation images. "
                 "Settings are chosen by it: train with validation images, not on them."
             )
-        best = max(own, key=lambda row: row["validation_accuracy"] or 0.0)
-        point = Point(**{field.name: best[field.name] for field in fields(Point)})
+        settings = groups_of(own, "rate", "weight_decay").values()
+        best = max(settings, key=lambda rows: statistics.mean(row["validation_accuracy"] or 0.0 for row in rows))
+        point = Point(**{field.name: best[0][field.name] for field in fields(Point)})
         chosen += [replace(point, seed=seed) for seed in seeds]
     return chosen
 
