@@ -472,7 +472,7 @@ def test_a_loss_that_explodes_stops_with_the_step_and_the_learning_rate(lora_mod
 
 def test_a_loss_that_stays_at_guessing_warns_once_with_what_to_try(settings):
     with pytest.warns(
-        UserWarning, match=r"that of guessing, 1\.099, for 2 epochs.*learning rates than 1e-12"
+        UserWarning, match=r"that of guessing, 1\.099, for 2 epochs.*deep prompts turn.*learning rates than 1e-12"
     ) as caught:
         train_classifier(
             settings("vpt", "--learning_rate", "1e-12", "--num_train_epochs", "5", "--plateau_patience", "2")

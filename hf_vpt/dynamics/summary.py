@@ -107,7 +107,8 @@ def groups_of(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ..
 def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Point]:
     """The setting of each data set, method and treatment that is best on validation images, once with each seed.
 
-    A setting that was trained with several seeds counts with their mean. Of equals it is the one that `read_summaries` names first: the smallest learning rate.
+    A setting that was trained with several seeds counts with their mean. Of equals it is the one that
+    `read_summaries` names first: the smallest learning rate.
 
     Raises:
         ValueError: A run was not scored on validation images.

@@ -11,6 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 
+_TURN = "Let deep prompts turn (prompt_angle=0.1, prompt_final_angle=0.003; see docs/learning_rate.md)"
+
+
 def raise_if_not_finite(loss: torch.Tensor, step: int, learning_rate: float, dtype: torch.dtype) -> None:
     """Stops a run whose loss is NaN or infinite, from which no weight comes back.
 
@@ -111,10 +114,12 @@ class PlateauWarning(TrainerCallback):
         self._stuck = 0 if learned else self._stuck + 1
         if self._stuck == self.patience:
             unit = "evaluations" if _counts_steps(args) else "epochs"
+            # The callback serves other Trainers too, whose arguments know nothing of angles.
+            first = "Try" if getattr(args, "prompt_angle", None) else f"{_TURN}, or try"
             warnings.warn(
                 f"Found a training loss at that of guessing, {self.guessing:.3f}, for {self.patience} {unit}. Prompts "
-                f"that learn fall below it within a few. Try other learning rates than {args.learning_rate:g} (a "
-                "tenth, ten times: prompts are sensitive to it), a longer warm-up (warmup_epochs), another seed, or "
+                f"that learn fall below it within a few. {first} other learning rates than {args.learning_rate:g} (a "
+                "tenth, ten times), a longer warm-up (warmup_epochs), another seed, or "
                 "fewer prompts (num_virtual_tokens).",
                 stacklevel=2,
             )
