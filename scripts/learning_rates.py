@@ -25,7 +25,7 @@ from hf_vpt.dynamics.summary import (
     width_table,
     write_summaries,
 )
-from hf_vpt.plots import plot_courses, plot_learning_rates, plot_turns
+from hf_vpt.plots import plot_courses, plot_learning_rates, plot_turns, plot_widths
 from hf_vpt.tuners import METHODS
 
 
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = groups_of(rows, "data", "method", "treatment", "rate", "weight_decay")
     if len(settings) == len(groups_of(rows, "data", "method", "treatment")):
         print(f"\n{score_table(rows)}")  # over seeds, and not over a grid
+    plot_widths(rows, folder / "widths.png")
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")
         plot_turns(own, folder / f"turns_{method}.png")

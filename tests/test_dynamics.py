@@ -218,7 +218,7 @@ def test_scores_are_means_over_seeds_and_over_data_sets_where_none_is_missing():
 
 def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_path, pytestconfig, capsys):
     pytest.importorskip("matplotlib")
-    for index, rate in enumerate((0.1, 1.0)):
+    for index, rate in enumerate((0.1, 1.0, 3.0, 9.0)):
         run = run_of(rate, 0.5 + index / 10)
         folder = tmp_path / "runs" / str(index)
         folder.mkdir(parents=True)
@@ -228,11 +228,11 @@ def test_the_script_reports_on_a_folder_of_runs_and_on_its_own_summaries(tmp_pat
     first = ["report", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "a"), "--courses", f"{tmp_path}/runs/1"]
     script["main"](first)
     table = capsys.readouterr().out
-    assert "| digits | vpt | sgd | 0 | 1 | 60.0 | 1 |" in table
+    assert "| digits | vpt | sgd | 0 | 1 | 80.0 | 9 |" in table
     script["main"](["report", str(tmp_path / "a" / "runs.jsonl"), "--output_dir", str(tmp_path / "b")])
     assert capsys.readouterr().out == table
     assert (tmp_path / "a" / "courses.png").stat().st_size > 1000
-    for name in ("learning_rates_vpt.png", "turns_vpt.png"):
+    for name in ("learning_rates_vpt.png", "turns_vpt.png", "widths.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert "\n| method |" not in table  # a mean over learning rates says nothing
     script["main"](["report", str(tmp_path / "runs" / "1"), "--output_dir", str(tmp_path / "c")])

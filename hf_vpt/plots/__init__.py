@@ -1,7 +1,7 @@
 """Pictures, drawn with matplotlib (`pip install "hf_vpt[plots]"`)."""
 
 from .cost import plot_cost
-from .dynamics import plot_courses, plot_learning_rates, plot_turns
+from .dynamics import plot_courses, plot_learning_rates, plot_turns, plot_widths
 from .prompts import plot_attention, plot_prompt_distribution
 from .scores import plot_scores
 
@@ -14,4 +14,5 @@ __all__ = [
     "plot_prompt_distribution",
     "plot_scores",
     "plot_turns",
+    "plot_widths",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..dynamics import smooth
+from ..dynamics import smooth, width_in_decades
 from ..dynamics.summary import groups_of, scores_by_rate
 from .figure import draw_legend, new_figure
 
@@ -57,6 +57,41 @@ def plot_turns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         axis.set_yscale("log")
 
     _plot_against_rates([row for row in rows if "turn" in row], draw, "turn in a step, half way, rad", path)
+
+
+def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | Path, tolerance: float = 0.01) -> None:
+    """Draw how wide the region of good learning rates is: one panel a data set, bars by method and treatment.
+
+    A bar is the mean over weight decays, a dot one of them. Of fewer than four learning rates nothing is drawn.
+
+    Args:
+        rows: Summaries of runs.
+        path: File to write, PNG, SVG or PDF by its ending.
+        tolerance: See `width_in_decades`.
+    """
+    panels = groups_of(rows, "data")
+    figure, axes = new_figure(len(panels), width=3.6)
+    from matplotlib import colormaps
+
+    colours = {t: colormaps["tab10"](i % 10) for i, (t,) in enumerate(sorted(groups_of(rows, "treatment")))}
+    methods = [method for (method,) in groups_of(rows, "method")]
+    for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
+        for (method,), own in groups_of(together, "method").items():
+            widths: dict[str, list[float]] = {}
+            for (treatment, _), runs in groups_of(own, "treatment", "weight_decay").items():
+                scores = scores_by_rate(runs)
+                if len(scores) >= 4:
+                    widths.setdefault(treatment, []).append(width_in_decades(scores, tolerance))
+            for index, (treatment, values) in enumerate(widths.items()):
+                x = methods.index(method) + 0.8 * (index + 0.5) / len(widths) - 0.4
+                colour = colours[treatment]
+                axis.bar(x, statistics.mean(values), 0.7 / len(widths), color=colour, alpha=0.6, label=treatment)
+                axis.plot([x] * len(values), values, ".", color="black", markersize=3)
+        axis.set(title=data)
+        axis.set_xticks(range(len(methods)), methods)
+    axes[0].set_ylabel(f"decades of learning rate within {100 * tolerance:g} % of the best")
+    draw_legend(figure, axes)
+    figure.savefig(path)
 
 
 def _plot_against_rates(
