@@ -19,6 +19,7 @@ from hf_vpt.dynamics import (
     width_in_decades,
 )
 from hf_vpt.dynamics.summary import (
+    best_published,
     choose_points,
     read_summaries,
     score_table,
@@ -163,10 +164,21 @@ def test_a_table_has_the_width_of_each_treatment_and_summaries_come_back_from_th
     both = read_summaries(tmp_path / "runs.jsonl", tmp_path / "more.jsonl")
     assert [row["test_accuracy"] for row in both] == [0.5, 0.9, 0.72, 0.9, 0.8]
     lines = width_table(rows).splitlines()
-    assert lines[2].startswith("| digits | vpt | sgd | 0 | 2 | 71.0 | 1 | 0.0 | 0.0 | 0.00 |")
+    assert lines[2].startswith("| digits | vpt | sgd | 0 | 2 | 71.0 | 1 | 0.0 | – | 0.0 | 0.00 |")
     assert lines[3].startswith("| digits | vpt | sgd_angle | 0 | 1 | 80.0 | 0.1 |")
     with pytest.raises(FileNotFoundError, match="no finished run in .*correct the path"):
         read_summaries(tmp_path / "nowhere")
+
+
+def test_a_width_by_the_best_published_accuracy_grows_where_another_treatment_is_better():
+    published = {0.1: 0.5, 1.0: 0.6, 10.0: 0.5}
+    better = {0.1: 0.65, 1.0: 0.8, 10.0: 0.65}
+    rows = [run_of(rate, score, "published") for rate, score in published.items()]
+    rows += [run_of(rate, score, "sgd_angle") for rate, score in better.items()]
+    assert best_published(rows) == 0.6
+    table = width_table([summarize(row) for row in rows]).splitlines()
+    assert [line.split(" | ")[7:10] for line in table[2:]] == [["0.2", "0.2", "0.0"], ["0.1", "2.0", "0.1"]]
+    assert best_published(rows[3:]) is None
 
 
 def test_the_setting_that_is_best_on_validation_images_is_trained_with_each_seed():
@@ -281,7 +293,9 @@ def test_the_treatment_of_the_recipe_is_that_of_the_default_file_of_the_method(m
         assert getattr(run, name) == getattr(default, name)
     for name in ("prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor", "ema_decay"):
         assert getattr(run, name) == getattr(default, name)
-    assert default.head_learning_rate is None and run.head_learning_rate == default.learning_rate
+    # VAPT has more than the head that does not turn.
+    assert default.head_learning_rate == (0.01 if method == "vapt" else None)
+    assert run.head_learning_rate == run.learning_rate
     assert default.head_weight_decay is None and run.head_weight_decay == default.weight_decay == 0
 
 

@@ -145,17 +145,25 @@ def score_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["method", "treatment", *(name for (name,) in data), "mean"], sorted(lines))
 
 
+def best_published(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Best mean accuracy over seeds of all settings of the treatments that are published ones; None without any."""
+    published = [row for row in rows if row["treatment"].startswith("published")]
+    settings = groups_of(published, "treatment", "weight_decay").values()
+    return max((max(scores_by_rate(own).values()) for own in settings), default=None)
+
+
 def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
     """Markdown: for each method, data set and treatment the best accuracy, where it is, and how wide the region is.
 
-    Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, and of the best one of
-    all treatments of the method on that data.
+    Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, of the best one of the
+    published treatments, and of the best one of all treatments of the method on that data.
     """
     titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
-    titles += ["width, best of all", "largest rise of the loss"]
+    titles += ["width, published best", "width, best of all", "largest rise of the loss"]
     lines = []
     for (data, method), together in groups_of(rows, "data", "method").items():
         treatments = groups_of(together, "treatment", "weight_decay")
+        published = best_published(together)
         best_of_all = max(max(scores_by_rate(own).values()) for own in treatments.values())
         for (treatment, decay), own in treatments.items():
             scores = scores_by_rate(own)
@@ -163,6 +171,7 @@ def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
             rises = [row["largest_rise"] for row in own if "largest_rise" in row]
             cells = [data, method, treatment, f"{decay:g}", str(len({row["seed"] for row in own}))]
             cells += [f"{100 * scores[rate]:.1f}", f"{rate:g}", f"{width_in_decades(scores, tolerance):.1f}"]
+            cells += ["–" if published is None else f"{width_in_decades(scores, tolerance, published):.1f}"]
             cells += [f"{width_in_decades(scores, tolerance, best_of_all):.1f}"]
             cells += [f"{max(rises):.2f}" if rises else "–"]
             lines.append(cells)

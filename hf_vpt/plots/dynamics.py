@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..dynamics import smooth, width_in_decades
-from ..dynamics.summary import groups_of, scores_by_rate
+from ..dynamics.summary import best_published, groups_of, scores_by_rate
 from .figure import draw_legend, new_figure
 
 
@@ -62,7 +62,9 @@ def plot_turns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | Path, tolerance: float = 0.01) -> None:
     """Draw how wide the region of good learning rates is: one panel a data set, bars by method and treatment.
 
-    A bar is the mean over weight decays, a dot one of them. Of fewer than four learning rates nothing is drawn.
+    A filled bar is the width by the treatment's own best accuracy, an outlined one that by the best of the published
+    treatments; means over weight decays. A dot is one weight decay by its own best. Of fewer than four learning rates
+    nothing is drawn.
 
     Args:
         rows: Summaries of runs.
@@ -77,16 +79,21 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | Path, tolerance: 
     methods = [method for (method,) in groups_of(rows, "method")]
     for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
         for (method,), own in groups_of(together, "method").items():
-            widths: dict[str, list[float]] = {}
+            published = best_published(own)
+            widths: dict[str, list[tuple[float, float]]] = {}
             for (treatment, _), runs in groups_of(own, "treatment", "weight_decay").items():
                 scores = scores_by_rate(runs)
                 if len(scores) >= 4:
-                    widths.setdefault(treatment, []).append(width_in_decades(scores, tolerance))
+                    both = [width_in_decades(scores, tolerance, best) for best in (None, published)]
+                    widths.setdefault(treatment, []).append(tuple(both))
             for index, (treatment, values) in enumerate(widths.items()):
                 x = methods.index(method) + 0.8 * (index + 0.5) / len(widths) - 0.4
-                colour = colours[treatment]
-                axis.bar(x, statistics.mean(values), 0.7 / len(widths), color=colour, alpha=0.6, label=treatment)
-                axis.plot([x] * len(values), values, ".", color="black", markersize=3)
+                by_own, by_published = zip(*values)
+                size = {"x": x, "width": 0.7 / len(widths)}
+                axis.bar(height=statistics.mean(by_own), color=colours[treatment], alpha=0.6, label=treatment, **size)
+                if published is not None:
+                    axis.bar(height=statistics.mean(by_published), fill=False, edgecolor="black", **size)
+                axis.plot([x] * len(values), by_own, ".", color="black", markersize=3)
         axis.set(title=data)
         axis.set_xticks(range(len(methods)), methods)
     axes[0].set_ylabel(f"decades of learning rate within {100 * tolerance:g} % of the best")
