@@ -19,12 +19,12 @@ from hf_vpt.dynamics import (
     width_in_decades,
 )
 from hf_vpt.dynamics.summary import (
-    best_published,
     choose_points,
     read_summaries,
     score_table,
     summarize,
     width_table,
+    widths_of,
     write_summaries,
 )
 
@@ -175,10 +175,12 @@ def test_a_width_by_the_best_published_accuracy_grows_where_another_treatment_is
     better = {0.1: 0.65, 1.0: 0.8, 10.0: 0.65}
     rows = [run_of(rate, score, "published") for rate, score in published.items()]
     rows += [run_of(rate, score, "sgd_angle") for rate, score in better.items()]
-    assert best_published(rows) == 0.6
-    table = width_table([summarize(row) for row in rows]).splitlines()
-    assert [line.split(" | ")[7:10] for line in table[2:]] == [["0.2", "0.2", "0.0"], ["0.1", "2.0", "0.1"]]
-    assert best_published(rows[3:]) is None
+    published, better = widths_of(rows)
+    names = ("width_own", "width_published", "width_all")
+    assert [published[name] for name in names] == pytest.approx([0.2, 0.2, 0])
+    assert [better[name] for name in names] == pytest.approx([2 / 15, 2, 2 / 15])
+    assert width_table([summarize(row) for row in rows]).splitlines()[3].endswith("| 0.1 | 2.0 | 0.1 | 0.00 |")
+    assert widths_of(rows[3:])[0]["width_published"] is None
 
 
 def test_the_setting_that_is_best_on_validation_images_is_trained_with_each_seed():
@@ -196,6 +198,26 @@ def test_a_setting_with_several_seeds_is_chosen_by_their_mean():
     accuracies = {(0.1, 0): 0.6, (0.1, 1): 0.6, (1.0, 0): 0.8, (1.0, 1): 0.3}
     rows = [run_of(rate, 0.5, seed=seed, validation_accuracy=a) for (rate, seed), a in accuracies.items()]
     assert [point.rate for point in choose_points(rows, [0])] == [0.1]
+
+
+def test_settings_are_chosen_by_the_seeds_that_all_have():
+    rows = [run_of(0.1, 0.5, seed=seed, validation_accuracy=0.6 + 0.2 * seed) for seed in (0, 1)]
+    rows += [run_of(1.0, 0.5, validation_accuracy=0.65)]
+    assert [point.rate for point in choose_points(rows, [0])] == [1.0]
+    with pytest.raises(ValueError, match="no seed with which all settings of vpt on digits"):
+        choose_points(rows[1:], [0])
+
+
+def test_a_summary_keeps_learning_rates_as_they_were_asked_for():
+    row = summarize(run_of(0.015625, 0.123456))
+    assert (row["rate"], row["test_accuracy"]) == (0.015625, 0.1235)
+
+
+def test_a_point_that_was_trained_with_other_words_elsewhere_is_refused(tmp_path):
+    write_summaries([run_of(1.0, 0.5, words=["--bf16"])], tmp_path / "a.jsonl")
+    write_summaries([run_of(1.0, 0.6, words=[])], tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="'rate': 1.0.*at another path too, trained with other words"):
+        read_summaries(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
 
 
 def test_the_script_trains_the_chosen_settings_of_the_methods_and_treatments_asked_for(
@@ -261,7 +283,7 @@ def test_words_after_two_dashes_go_to_every_run(pytestconfig):
 
 
 @pytest.mark.parametrize("method", ["vpt", "vapt", "provpt", "bpt"])
-@pytest.mark.parametrize("treatment", [name for name in grid.TREATMENTS if not name.startswith("recipe")])
+@pytest.mark.parametrize("treatment", [name for name in grid.TREATMENTS if name != "recipe"])
 def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestconfig):
     point = Point("drawn/counting", method, treatment, 0.05, weight_decay=0.01, seed=3)
     words = point.words(pytestconfig.rootpath / "configs", tmp_path)
@@ -286,16 +308,15 @@ def test_a_treatment_is_what_its_name_says(method, treatment, tmp_path, pytestco
 def test_the_treatment_of_the_recipe_is_that_of_the_default_file_of_the_method(method, tmp_path, pytestconfig):
     configs = pytestconfig.rootpath / "configs"
     default = grid.parse_arguments(["--config", str(configs / method / "default.yaml")]).training
-    treatment = "recipe_bpt" if method == "bpt" else "recipe"
-    words = Point("drawn/counting", method, treatment, default.learning_rate).words(configs, tmp_path)
-    run = grid.parse_arguments(words).training
-    for name in ("optim", "optim_args", "learning_rate", "weight_decay", "lr_scheduler_type", "max_grad_norm"):
+    run = grid.parse_arguments(Point("drawn/counting", method, "recipe", 0.01).words(configs, tmp_path)).training
+    for name in ("optim", "optim_args", "weight_decay", "lr_scheduler_type", "max_grad_norm", "ema_decay"):
         assert getattr(run, name) == getattr(default, name)
-    for name in ("prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor", "ema_decay"):
+    for name in ("prompt_angle", "prompt_final_angle", "prompt_norm", "prompt_norm_floor"):
         assert getattr(run, name) == getattr(default, name)
-    # VAPT has more than the head that does not turn.
-    assert default.head_learning_rate == (0.01 if method == "vapt" else None)
-    assert run.head_learning_rate == run.learning_rate
+    assert default.prompt_angle == (0.03 if method == "bpt" else 0.1)
+    assert run.head_learning_rate == (default.head_learning_rate or default.learning_rate) == 0.01
+    # What else of VAPT does not turn has a smaller learning rate in the file.
+    assert run.learning_rate == 0.01 and default.learning_rate == (0.003 if method == "vapt" else 0.01)
     assert default.head_weight_decay is None and run.head_weight_decay == default.weight_decay == 0
 
 

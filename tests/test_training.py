@@ -470,12 +470,22 @@ def test_a_loss_that_explodes_stops_with_the_step_and_the_learning_rate(lora_mod
         trainer.train()
 
 
-def test_a_loss_that_stays_at_guessing_warns_once_with_what_to_try(settings):
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["vpt"], "Let prompts turn .prompt_angle"),
+        (["vpt", "--prompt_angle", "1e-9"], "Try another prompt_angle than 1e-09"),
+        (["vpt", "--deep", "false"], "a few. Try"),
+        (["lora"], "a few. Try"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_loss_that_stays_at_guessing_warns_once_with_what_to_try(settings, words, remedy):
     with pytest.warns(
-        UserWarning, match=r"that of guessing, 1\.099, for 2 epochs.*deep prompts turn.*learning rates than 1e-12"
+        UserWarning, match=rf"that of guessing, 1\.099, for 2 epochs.*{remedy}.* learning rates than 1e-12"
     ) as caught:
         train_classifier(
-            settings("vpt", "--learning_rate", "1e-12", "--num_train_epochs", "5", "--plateau_patience", "2")
+            settings(*words, "--learning_rate", "1e-12", "--num_train_epochs", "5", "--plateau_patience", "2")
         )
     assert sum("that of guessing" in str(warning.message) for warning in caught) == 1
 

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..training import SharedLoader, parse_arguments, train_classifier
 from ..training.checkpoints import write_whole
+from ..training.recipes import read_recipe
 from ..training.steps import STEPS_FILE
 
 
@@ -43,9 +44,8 @@ TREATMENTS = {
     "adamw_norm": "--learning_rate {rate} --head_learning_rate 0.01 --prompt_norm 1",
     "adamw_angle": "--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {rate}",
     "adamw_fall": f"--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {{rate}} {_FALL}",
-    # configs/<method>/default.yaml; the learning rate that is left is that of the head and of what is no direction.
-    "recipe": f"--learning_rate {{rate}} --head_learning_rate {{rate}} --prompt_angle 0.1 {_FALL}",
-    "recipe_bpt": f"--learning_rate {{rate}} --head_learning_rate {{rate}} --prompt_angle 0.03 {_FALL}",
+    # With the angles of configs/<method>/default.yaml. The rate is that of the head and of what else does not turn.
+    "recipe": "--learning_rate {rate} --head_learning_rate {rate} --prompt_angle {angle} --prompt_final_angle {end}",
 }
 
 # Nothing is chosen, so validation images are not looked at; the last weights are tested.
@@ -91,7 +91,9 @@ class Point:
                 "file named like the data set or its group: add one, or use digits or drawn/<task>."
             )
         own = f"--weight_decay {self.weight_decay} --head_weight_decay 0 --seed {self.seed} {_COMMON} "
-        own += TREATMENTS[self.treatment].format(rate=self.rate, decay=self.weight_decay)
+        default = read_recipe(configs / self.method / "default.yaml")
+        angles = {"angle": default["prompt_angle"], "end": default["prompt_final_angle"]}
+        own += TREATMENTS[self.treatment].format(rate=self.rate, decay=self.weight_decay, **angles)
         where = ["--config", str(config), "--dataset_name", self.data, "--output_dir", str(output_dir)]
         return [*where, *own.split()]
 

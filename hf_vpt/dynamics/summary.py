@@ -18,9 +18,11 @@ from .width import width_in_decades
 
 RUNS_FILE = "runs.jsonl"
 
+_POINT = tuple(field.name for field in fields(Point))
+
 
 def summarize(run: dict[str, Any]) -> dict[str, Any]:
-    """Say in a few numbers, of four digits, what a run did; numbers of prompts are medians over blocks.
+    """Say in a few numbers what a run did, measured ones with four digits; those of prompts are medians over blocks.
 
     Args:
         run: One of `read_runs`.
@@ -30,9 +32,11 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         first and at the last step; `turn` in radians at the largest learning rate and half way from there to the end;
         `cosine`, the largest one of gradient and prompt.
     """
-    steps, row = run.get("steps"), {name: value for name, value in run.items() if name != "steps"}
+    steps = run.get("steps")
+    point = {name: run[name] for name in _POINT}  # what was asked for stays as it is
+    row = {name: value for name, value in run.items() if name != "steps" and name not in point}
     if not steps or not steps["loss"] or not steps["directions"]:
-        return _rounded(row)
+        return point | _rounded(row)
     directions = steps["directions"].values()
     rates = next(iter(directions))["learning_rate"]
     warmup = rates.index(max(rates))
@@ -48,7 +52,7 @@ def summarize(run: dict[str, Any]) -> dict[str, Any]:
         "turn": [at("turn", warmup), at("turn", half)],
         "cosine": max(max(direction["cosine"]) for direction in directions),
     }
-    return _rounded(row)
+    return point | _rounded(row)
 
 
 def read_summaries(*paths: str | Path) -> list[dict[str, Any]]:
@@ -56,6 +60,7 @@ def read_summaries(*paths: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: There is none at a path.
+        ValueError: A point was trained with other words at one path than at another.
     """
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for path in map(Path, paths):
@@ -68,8 +73,16 @@ def read_summaries(*paths: str | Path) -> list[dict[str, Any]]:
                 f"Found no finished run in '{path}'. A report needs runs of `scripts/learning_rates.py run`, or the "
                 f"{RUNS_FILE} of an earlier report: correct the path."
             )
-        rows |= {tuple(row[field.name] for field in fields(Point)): row for row in found}
-    return sorted(rows.values(), key=lambda row: [row[field.name] for field in fields(Point)])
+        for row in found:
+            point = tuple(row[name] for name in _POINT)
+            known = rows.setdefault(point, row)
+            if known.get("words") != row.get("words"):
+                raise ValueError(
+                    f"Found the run {dict(zip(_POINT, point))} of '{path}' at another path too, trained with other "
+                    "words. A report has each point once: make one for each of the folders."
+                )
+            rows[point] = row
+    return [rows[point] for point in sorted(rows)]
 
 
 def read_steps(folder: str | Path) -> dict[str, Any]:
@@ -107,11 +120,11 @@ def groups_of(rows: Sequence[dict[str, Any]], *names: str) -> dict[tuple[Any, ..
 def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[Point]:
     """The setting of each data set, method and treatment that is best on validation images, once with each seed.
 
-    A setting that was trained with several seeds counts with their mean. Of equals it is the one that
-    `read_summaries` names first: the smallest learning rate.
+    A setting counts with its mean over the seeds that all settings have. Of equals it is the one that `read_summaries`
+    names first: the smallest weight decay, or learning rate.
 
     Raises:
-        ValueError: A run was not scored on validation images.
+        ValueError: A run was not scored on validation images, or there is no seed that all settings have.
     """
     chosen = []
     for own in groups_of(rows, "data", "method", "treatment").values():
@@ -120,9 +133,19 @@ def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[
                 f"Found a run of {own[0]['method']} on {own[0]['data']} without an accuracy on validation images. "
                 "Settings are chosen by it: train with validation images, not on them."
             )
-        settings = groups_of(own, "rate", "weight_decay").values()
-        best = max(settings, key=lambda rows: statistics.mean(row["validation_accuracy"] or 0.0 for row in rows))
-        point = Point(**{field.name: best[0][field.name] for field in fields(Point)})
+        settings = list(groups_of(own, "rate", "weight_decay").values())
+        common = set.intersection(*({row["seed"] for row in setting} for setting in settings))
+        if not common:
+            raise ValueError(
+                f"Found no seed with which all settings of {own[0]['method']} on {own[0]['data']} were trained. Means "
+                "over other seeds do not compare: finish the grid for one seed."
+            )
+
+        def score(setting: list[dict[str, Any]], seeds: set[int] = common) -> float:
+            return statistics.mean(row["validation_accuracy"] or 0.0 for row in setting if row["seed"] in seeds)
+
+        best = max(settings, key=score)[0]
+        point = Point(**{name: best[name] for name in _POINT})
         chosen += [replace(point, seed=seed) for seed in seeds]
     return chosen
 
@@ -145,36 +168,47 @@ def score_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["method", "treatment", *(name for (name,) in data), "mean"], sorted(lines))
 
 
-def best_published(rows: Sequence[dict[str, Any]]) -> float | None:
-    """Best mean accuracy over seeds of all settings of the treatments that are published ones; None without any."""
-    published = [row for row in rows if row["treatment"].startswith("published")]
-    settings = groups_of(published, "treatment", "weight_decay").values()
-    return max((max(scores_by_rate(own).values()) for own in settings), default=None)
+def widths_of(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> list[dict[str, Any]]:
+    """How wide the region of good learning rates is, for each method, data set, treatment and weight decay.
+
+    Returns:
+        For each of them `data`, `method`, `treatment`, `weight_decay`, its `scores` by learning rate, its own `rows`,
+        and widths in decades of the learning rates within `tolerance` of a best accuracy: of its own
+        (`width_own`), of all published treatments (`width_published`, None without any) and of all treatments
+        (`width_all`), each of the same method on the same data. Accuracies are means over seeds.
+    """
+    widths = []
+    for (data, method), together in groups_of(rows, "data", "method").items():
+        groups = groups_of(together, "treatment", "weight_decay")
+        scores = {key: scores_by_rate(own) for key, own in groups.items()}
+        tops = {key: max(values.values()) for key, values in scores.items()}
+        of_papers = [top for (treatment, _), top in tops.items() if treatment.startswith("published")]
+        for (treatment, decay), own in groups.items():
+            row = {"data": data, "method": method, "treatment": treatment, "weight_decay": decay}
+            row |= {"scores": scores[treatment, decay], "rows": own, "width_published": None}
+            bests = {"own": tops[treatment, decay], "all": max(tops.values())}
+            bests |= {"published": max(of_papers)} if of_papers else {}
+            for name, best in bests.items():
+                row[f"width_{name}"] = width_in_decades(row["scores"], tolerance, best)
+            widths.append(row)
+    return widths
 
 
 def width_table(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> str:
-    """Markdown: for each method, data set and treatment the best accuracy, where it is, and how wide the region is.
-
-    Widths are those of learning rates within `tolerance` of the treatment's own best accuracy, of the best one of the
-    published treatments, and of the best one of all treatments of the method on that data.
-    """
+    """Markdown: the best accuracy of each of `widths_of`, where it is, and how wide the region is."""
     titles = ["data", "method", "treatment", "weight decay", "seeds", "best accuracy, %", "at", "width, own best"]
     titles += ["width, published best", "width, best of all", "largest rise of the loss"]
     lines = []
-    for (data, method), together in groups_of(rows, "data", "method").items():
-        treatments = groups_of(together, "treatment", "weight_decay")
-        published = best_published(together)
-        best_of_all = max(max(scores_by_rate(own).values()) for own in treatments.values())
-        for (treatment, decay), own in treatments.items():
-            scores = scores_by_rate(own)
-            rate = max(scores, key=scores.get)
-            rises = [row["largest_rise"] for row in own if "largest_rise" in row]
-            cells = [data, method, treatment, f"{decay:g}", str(len({row["seed"] for row in own}))]
-            cells += [f"{100 * scores[rate]:.1f}", f"{rate:g}", f"{width_in_decades(scores, tolerance):.1f}"]
-            cells += ["–" if published is None else f"{width_in_decades(scores, tolerance, published):.1f}"]
-            cells += [f"{width_in_decades(scores, tolerance, best_of_all):.1f}"]
-            cells += [f"{max(rises):.2f}" if rises else "–"]
-            lines.append(cells)
+    for width in widths_of(rows, tolerance):
+        scores, own = width["scores"], width["rows"]
+        rate = max(scores, key=scores.get)
+        rises = [row["largest_rise"] for row in own if "largest_rise" in row]
+        cells = [width["data"], width["method"], width["treatment"], f"{width['weight_decay']:g}"]
+        cells += [str(len({row["seed"] for row in own})), f"{100 * scores[rate]:.1f}", f"{rate:g}"]
+        found = [width[f"width_{name}"] for name in ("own", "published", "all")]
+        cells += ["–" if value is None else f"{value:.1f}" for value in found]
+        cells += [f"{max(rises):.2f}" if rises else "–"]
+        lines.append(cells)
     return markdown_table(titles, lines)
 
 

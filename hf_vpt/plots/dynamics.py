@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..dynamics import smooth, width_in_decades
-from ..dynamics.summary import best_published, groups_of, scores_by_rate
+from ..dynamics import smooth
+from ..dynamics.summary import groups_of, scores_by_rate, widths_of
 from .figure import draw_legend, new_figure
 
 
@@ -60,43 +60,41 @@ def plot_turns(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | Path, tolerance: float = 0.01) -> None:
-    """Draw how wide the region of good learning rates is: one panel a data set, bars by method and treatment.
+    """Draw `widths_of`: one panel a data set, bars by method and treatment.
 
-    A filled bar is the width by the treatment's own best accuracy, an outlined one that by the best of the published
-    treatments; means over weight decays. A dot is one weight decay by its own best. Of fewer than four learning rates
-    nothing is drawn.
+    Bars are means over weight decays, and dots the single ones: filled by the own best accuracy, outlined by the best
+    of the published treatments. Of fewer than four learning rates nothing is drawn.
 
     Args:
         rows: Summaries of runs.
         path: File to write, PNG, SVG or PDF by its ending.
         tolerance: See `width_in_decades`.
     """
-    panels = groups_of(rows, "data")
-    figure, axes = new_figure(len(panels), width=3.6)
+    panels = groups_of([row for row in widths_of(rows, tolerance) if len(row["scores"]) >= 4], "data")
+    figure, axes = new_figure(max(1, len(panels)), width=3.6)
     from matplotlib import colormaps
 
     colours = {t: colormaps["tab10"](i % 10) for i, (t,) in enumerate(sorted(groups_of(rows, "treatment")))}
     methods = [method for (method,) in groups_of(rows, "method")]
-    for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
+    for axis, ((data,), together) in zip(axes, panels.items()):
         for (method,), own in groups_of(together, "method").items():
-            published = best_published(own)
-            widths: dict[str, list[tuple[float, float]]] = {}
-            for (treatment, _), runs in groups_of(own, "treatment", "weight_decay").items():
-                scores = scores_by_rate(runs)
-                if len(scores) >= 4:
-                    both = [width_in_decades(scores, tolerance, best) for best in (None, published)]
-                    widths.setdefault(treatment, []).append(tuple(both))
-            for index, (treatment, values) in enumerate(widths.items()):
-                x = methods.index(method) + 0.8 * (index + 0.5) / len(widths) - 0.4
-                by_own, by_published = zip(*values)
-                size = {"x": x, "width": 0.7 / len(widths)}
-                axis.bar(height=statistics.mean(by_own), color=colours[treatment], alpha=0.6, label=treatment, **size)
-                if published is not None:
-                    axis.bar(height=statistics.mean(by_published), fill=False, edgecolor="black", **size)
-                axis.plot([x] * len(values), by_own, ".", color="black", markersize=3)
-        axis.set(title=data)
+            treatments = groups_of(own, "treatment")
+            for index, ((treatment,), decays) in enumerate(treatments.items()):
+                widths = [row["width_own"] for row in decays]
+                by_published = [row["width_published"] for row in decays if row["width_published"] is not None]
+                x = methods.index(method) + 0.8 * (index + 0.5) / len(treatments) - 0.4
+                size = {"x": x, "width": 0.7 / len(treatments)}
+                axis.bar(height=statistics.mean(widths), color=colours[treatment], alpha=0.6, label=treatment, **size)
+                if by_published:
+                    line = {"fill": False, "edgecolor": "black", "label": "by the best published accuracy"}
+                    axis.bar(height=statistics.mean(by_published), **line, **size)
+                axis.plot([x] * len(widths), widths, ".", color="black", markersize=3)
+        axis.set(title=data, xlim=(-0.5, len(methods) - 0.5))
         axis.set_xticks(range(len(methods)), methods)
-    axes[0].set_ylabel(f"decades of learning rate within {100 * tolerance:g} % of the best")
+    for axis in axes[1:]:
+        axis.sharey(axes[0])
+    points = "one point" if tolerance == 0.01 else f"{100 * tolerance:g} points"
+    axes[0].set_ylabel(f"decades within {points} of the best")
     draw_legend(figure, axes)
     figure.savefig(path)
 
@@ -115,7 +113,7 @@ def _plot_against_rates(
     for axis, ((data,), together) in zip(axes, panels.items(), strict=True):
         for (treatment, decay), own in groups_of(together, "treatment", "weight_decay").items():
             name = f"{treatment}, decay {decay:g}" if decay else treatment
-            line = "--" if treatment.endswith(("_angle", "_fall", "_norm")) else "-"
+            line = "--" if treatment.endswith(("_angle", "_fall", "_norm", "recipe")) else "-"
             colour = colours.setdefault(name, colormaps["tab20"](len(colours) % 20))
             draw(axis, own, {"color": colour, "label": name, "linestyle": line})
         axis.set(title=data, xscale="log", xlabel="learning rate, or angle in radians")

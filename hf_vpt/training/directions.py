@@ -207,7 +207,8 @@ def turn_prompts(
     if not directions:
         raise ValueError(
             f"Found {asked} and nothing that it is for. It needs deep prompts behind a norm, whose length has no "
-            f"effect: leave {asked} out for shallow or pooled prompts, Swin-v2 and baselines."
+            f"effect: leave {asked} out for shallow or pooled prompts, Swin-v2 and baselines, such as in "
+            "configs/<method>/published.yaml."
         )
     if uses_deepspeed:
         raise ValueError(

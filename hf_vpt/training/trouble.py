@@ -10,8 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-
-_TURN = "Let deep prompts turn (prompt_angle=0.1, prompt_final_angle=0.003; see docs/learning_rate.md)"
+from .optimizer import directions_of
 
 
 def raise_if_not_finite(loss: torch.Tensor, step: int, learning_rate: float, dtype: torch.dtype) -> None:
@@ -85,18 +84,18 @@ class PlateauWarning(TrainerCallback):
         # Here, not at the end of an epoch, where its last loss has not been logged yet.
         if not _counts_steps(args) and state.epoch > self._last_epoch + 1e-6 and state.epoch == int(state.epoch):
             self._last_epoch = int(state.epoch)
-            self._count(args)
+            self._count(args, kwargs.get("model"))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if _counts_steps(args):
-            self._count(args)
+            self._count(args, kwargs.get("model"))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._count(args)
+        self._count(args, kwargs.get("model"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self._losses, "stuck": self._stuck, "last_epoch": self._last_epoch}
@@ -104,7 +103,7 @@ class PlateauWarning(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses, self._stuck, self._last_epoch = list(state["losses"]), state["stuck"], state["last_epoch"]
 
-    def _count(self, args: TrainingArguments) -> None:
+    def _count(self, args: TrainingArguments, model: Any) -> None:
         """Looks at the losses of the epoch, or since the evaluation before, that has ended."""
         if not self._losses:
             return
@@ -115,7 +114,12 @@ class PlateauWarning(TrainerCallback):
         if self._stuck == self.patience:
             unit = "evaluations" if _counts_steps(args) else "epochs"
             # The callback serves other Trainers too, whose arguments know nothing of angles.
-            first = "Try" if getattr(args, "prompt_angle", None) else f"{_TURN}, or try"
+            angle = getattr(args, "prompt_angle", None)
+            first = "Try"
+            if angle is not None:
+                first = f"Try another prompt_angle than {angle:g},"
+            elif directions_of(model):
+                first = "Let prompts turn (prompt_angle, as configs/<method>/default.yaml does), or try"
             warnings.warn(
                 f"Found a training loss at that of guessing, {self.guessing:.3f}, for {self.patience} {unit}. Prompts "
                 f"that learn fall below it within a few. {first} other learning rates than {args.learning_rate:g} (a "
