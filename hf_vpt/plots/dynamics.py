@@ -91,8 +91,9 @@ def plot_widths(rows: Sequence[Mapping[str, Any]], path: str | Path, tolerance: 
                 axis.plot([x] * len(widths), widths, ".", color="black", markersize=3)
         axis.set(title=data, xlim=(-0.5, len(methods) - 0.5))
         axis.set_xticks(range(len(methods)), methods)
-    for axis in axes[1:]:
-        axis.sharey(axes[0])
+    highest = max(axis.get_ylim()[1] for axis in axes)
+    for axis in axes:
+        axis.set_ylim(0, highest)
     points = "one point" if tolerance == 0.01 else f"{100 * tolerance:g} points"
     axes[0].set_ylabel(f"decades within {points} of the best")
     draw_legend(figure, axes)
