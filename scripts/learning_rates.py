@@ -73,9 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = read_summaries(*args.paths)
     write_summaries(rows, folder / RUNS_FILE)
     print(width_table(rows))
-    settings = groups_of(rows, "data", "method", "treatment", "rate", "weight_decay")
-    if len(settings) == len(groups_of(rows, "data", "method", "treatment")):
-        print(f"\n{score_table(rows)}")  # over seeds, and not over a grid
+    if scores := score_table(rows):
+        print(f"\n{scores}")
     plot_widths(rows, folder / "widths.png")
     for (method,), own in groups_of(rows, "method").items():
         plot_learning_rates(own, folder / f"learning_rates_{method}.png")

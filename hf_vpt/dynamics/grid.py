@@ -45,7 +45,8 @@ TREATMENTS = {
     "adamw_angle": "--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {rate}",
     "adamw_fall": f"--learning_rate 0.01 --head_learning_rate 0.01 --prompt_angle {{rate}} {_FALL}",
     # With the angles of configs/<method>/default.yaml. The rate is that of the head and of what else does not turn.
-    "recipe": "--learning_rate {rate} --head_learning_rate {rate} --prompt_angle {angle} --prompt_final_angle {end}",
+    "recipe": "--learning_rate {rate} --head_learning_rate {rate} --prompt_angle {prompt_angle} "
+    "--prompt_final_angle {prompt_final_angle}",
 }
 
 # Nothing is chosen, so validation images are not looked at; the last weights are tested.
@@ -91,9 +92,8 @@ class Point:
                 "file named like the data set or its group: add one, or use digits or drawn/<task>."
             )
         own = f"--weight_decay {self.weight_decay} --head_weight_decay 0 --seed {self.seed} {_COMMON} "
-        default = read_recipe(configs / self.method / "default.yaml")
-        angles = {"angle": default["prompt_angle"], "end": default["prompt_final_angle"]}
-        own += TREATMENTS[self.treatment].format(rate=self.rate, decay=self.weight_decay, **angles)
+        recipe = read_recipe(configs / self.method / "default.yaml")
+        own += TREATMENTS[self.treatment].format(rate=self.rate, decay=self.weight_decay, **recipe)
         where = ["--config", str(config), "--dataset_name", self.data, "--output_dir", str(output_dir)]
         return [*where, *own.split()]
 

@@ -75,8 +75,7 @@ def read_summaries(*paths: str | Path) -> list[dict[str, Any]]:
             )
         for row in found:
             point = tuple(row[name] for name in _POINT)
-            known = rows.setdefault(point, row)
-            if known.get("words") != row.get("words"):
+            if rows.get(point, row).get("words") != row.get("words"):
                 raise ValueError(
                     f"Found the run {dict(zip(_POINT, point))} of '{path}' at another path too, trained with other "
                     "words. A report has each point once: make one for each of the folders."
@@ -133,29 +132,29 @@ def choose_points(rows: Sequence[dict[str, Any]], seeds: Sequence[int]) -> list[
                 f"Found a run of {own[0]['method']} on {own[0]['data']} without an accuracy on validation images. "
                 "Settings are chosen by it: train with validation images, not on them."
             )
-        settings = list(groups_of(own, "rate", "weight_decay").values())
+        settings = groups_of(own, "rate", "weight_decay").values()
         common = set.intersection(*({row["seed"] for row in setting} for setting in settings))
         if not common:
             raise ValueError(
                 f"Found no seed with which all settings of {own[0]['method']} on {own[0]['data']} were trained. Means "
                 "over other seeds do not compare: finish the grid for one seed."
             )
-
-        def score(setting: list[dict[str, Any]], seeds: set[int] = common) -> float:
-            return statistics.mean(row["validation_accuracy"] or 0.0 for row in setting if row["seed"] in seeds)
-
-        best = max(settings, key=score)[0]
+        settings = groups_of([row for row in own if row["seed"] in common], "rate", "weight_decay").values()
+        best = max(settings, key=lambda runs: statistics.mean(run["validation_accuracy"] or 0.0 for run in runs))[0]
         point = Point(**{name: best[name] for name in _POINT})
         chosen += [replace(point, seed=seed) for seed in seeds]
     return chosen
 
 
-def score_table(rows: Sequence[dict[str, Any]]) -> str:
+def score_table(rows: Sequence[dict[str, Any]]) -> str | None:
     """Markdown: a line for each method and treatment, a column for each data set and one for their mean.
 
     Accuracies in per cent are means over seeds, with their standard deviation; the mean is over data sets, and `–`
-    where one is missing.
+    where one is missing. None for a grid, over whose settings a mean says nothing.
     """
+    places = groups_of(rows, "data", "method", "treatment")
+    if len(groups_of(rows, "data", "method", "treatment", "rate", "weight_decay")) > len(places):
+        return None
     data = list(groups_of(rows, "data"))
     lines = []
     for (method, treatment), together in groups_of(rows, "method", "treatment").items():
@@ -183,13 +182,12 @@ def widths_of(rows: Sequence[dict[str, Any]], tolerance: float = 0.01) -> list[d
         scores = {key: scores_by_rate(own) for key, own in groups.items()}
         tops = {key: max(values.values()) for key, values in scores.items()}
         of_papers = [top for (treatment, _), top in tops.items() if treatment.startswith("published")]
-        for (treatment, decay), own in groups.items():
-            row = {"data": data, "method": method, "treatment": treatment, "weight_decay": decay}
-            row |= {"scores": scores[treatment, decay], "rows": own, "width_published": None}
-            bests = {"own": tops[treatment, decay], "all": max(tops.values())}
-            bests |= {"published": max(of_papers)} if of_papers else {}
+        for key, own in groups.items():
+            row = {"data": data, "method": method, "treatment": key[0], "weight_decay": key[1]}
+            row |= {"scores": scores[key], "rows": own}
+            bests = {"own": tops[key], "published": max(of_papers, default=None), "all": max(tops.values())}
             for name, best in bests.items():
-                row[f"width_{name}"] = width_in_decades(row["scores"], tolerance, best)
+                row[f"width_{name}"] = None if best is None else width_in_decades(scores[key], tolerance, best)
             widths.append(row)
     return widths
 
